@@ -1,0 +1,356 @@
+"""What crosses the rooms of anytimed, and what an adapter implements.
+
+In the order of a batch's life: a `Stream` yields `Record`s, each with the place after it; the data room turns them into a
+`Batch` that carries the `Position` to resume after it and the `Holdout` in force; the learner answers a step with a
+`StepReport`; a `Snapshot` takes tensors out of the learner as `HostTensor`s, which storage writes as a commit or an export.
+Last come the Protocols: `Stream`, `Tokenizer`, `Model`, `Journal`.
+
+Everything here is plain data: no torch, no I/O. Errors that a person should read carry their exit code.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+Json = dict[str, Any]
+"""A JSON object: str keys, values of JSON's own types."""
+
+Tokens = NDArray[np.int32]
+"""Token ids, shape (n,) unless stated."""
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class AnytimedError(Exception):
+    """A failure that a person should read; its text says what was found, where, what was expected, what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(AnytimedError, ValueError):
+    """Bad usage or configuration, one that does not fit the commit included."""
+
+    exit_code = 2
+
+
+class Refused(AnytimedError):
+    """Going on would lose or mix something: another writer, rewritten data, no commit that verifies."""
+
+    exit_code = 3
+
+
+class StreamUnavailable(AnytimedError):
+    """A source cannot be read for now; the daemon waits and tries again."""
+
+
+class CorruptError(AnytimedError):
+    """Stored bytes are not what their manifest says."""
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One document of a source. `digest` is the SHA-256 (hex) of its content, and chooses the hold-out."""
+
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that could not be read: kept for a person in quarantine, and passed over."""
+
+    reason: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An entry of the source was read to its end; `digest` is the SHA-256 (hex) of its bytes."""
+
+    entry: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePosition:
+    """Where one source stands. `place` is the adapter's own JSON (None before the first record); the rest are counts."""
+
+    place: Json | None = None
+    records: int = 0
+    held_out: int = 0
+    rejected: int = 0
+    tokens: int = 0
+
+    def to_json(self) -> Json:
+        return {
+            "place": self.place,
+            "records": self.records,
+            "held_out": self.held_out,
+            "rejected": self.rejected,
+            "tokens": self.tokens,
+        }
+
+    @staticmethod
+    def from_json(value: Json) -> SourcePosition:
+        return SourcePosition(**value)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRecord:
+    """A record kept for evaluation, never trained on. tokens: shape (n,), end token included."""
+
+    source: str
+    digest: str
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Holdout:
+    """The hold-out in force, oldest record first. Losses are compared only at equal `digest`."""
+
+    records: tuple[HeldRecord, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over sources, record digests and kept lengths; the version of this hold-out."""
+        told = [[r.source, r.digest, int(r.tokens.size)] for r in self.records]
+        return hashlib.sha256(json.dumps(told, separators=(",", ":")).encode()).hexdigest()
+
+    def to_arrays(self) -> tuple[Tokens, list[Json]]:
+        """All tokens in one flat array, shape (sum n,), and what says where each record starts."""
+        flat = np.concatenate([r.tokens for r in self.records]) if self.records else np.zeros(0, np.int32)
+        return flat.astype(np.int32), [
+            {"source": r.source, "digest": r.digest, "length": int(r.tokens.size)} for r in self.records
+        ]
+
+    @staticmethod
+    def from_arrays(flat: Tokens, index: Sequence[Json]) -> Holdout:
+        """The inverse of `to_arrays`."""
+        records, at = [], 0
+        for item in index:
+            records.append(HeldRecord(item["source"], item["digest"], flat[at : at + item["length"]].copy()))
+            at += item["length"]
+        if at != flat.size:
+            raise CorruptError(f"hold-out: {flat.size} tokens stored, {at} described; the commit is damaged")
+        return Holdout(tuple(records))
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the stream resumes: the start of a shuffle block and the number of its sequences already used.
+
+    All but `index` describe the block's start: what of the journal was in effect, the next draw, every source's place, the
+    tokens that were left over in the packer, and the hold-out before the block was read. Resuming re-reads one block.
+    """
+
+    journal_length: int = 0
+    journal_digest: str = ""
+    mixture: str = ""
+    draw: int = 0
+    block: int = 0
+    index: int = 0
+    sources: Mapping[str, SourcePosition] = field(default_factory=dict)
+    remainder: Tokens = field(default_factory=lambda: np.zeros(0, np.int32))
+    holdout: Holdout = field(default_factory=Holdout)
+
+    def to_json(self) -> Json:
+        """Everything but the hold-out's tokens, which travel as a tensor; the hold-out is named by its digest."""
+        return {
+            "journal_length": self.journal_length,
+            "journal_digest": self.journal_digest,
+            "mixture": self.mixture,
+            "draw": self.draw,
+            "block": self.block,
+            "index": self.index,
+            "sources": {name: s.to_json() for name, s in sorted(self.sources.items())},
+            "remainder": base64.b64encode(self.remainder.astype("<i4").tobytes()).decode(),
+            "holdout": self.holdout.digest,
+        }
+
+    @staticmethod
+    def from_json(value: Json, holdout: Holdout) -> Position:
+        """The inverse of `to_json`, given the hold-out that the digest names. Raises CorruptError on another one."""
+        if value["holdout"] != holdout.digest:
+            raise CorruptError(f"hold-out: the position names {value['holdout']}, stored is {holdout.digest}")
+        remainder = np.frombuffer(base64.b64decode(value["remainder"]), "<i4").astype(np.int32)
+        return Position(
+            journal_length=value["journal_length"],
+            journal_digest=value["journal_digest"],
+            mixture=value["mixture"],
+            draw=value["draw"],
+            block=value["block"],
+            index=value["index"],
+            sources={name: SourcePosition.from_json(s) for name, s in value["sources"].items()},
+            remainder=remainder,
+            holdout=holdout,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """tokens: (batch, sequence_length + 1), inputs and the targets one to the right.
+
+    `position` resumes after this batch. `holdout` is the one in force while it is trained on. `read` says per source how
+    far reading has come at the end of this batch's block: the span of everything the model can have seen.
+    """
+
+    tokens: NDArray[np.int32]
+    position: Position
+    holdout: Holdout
+    read: Mapping[str, SourcePosition]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did, on the host. `skipped`: loss or gradient was not finite and nothing was changed."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Mean loss in nats per token on one hold-out, at the averaged weights x, the gradient point y, the fast iterate z."""
+
+    step: int
+    holdout: str
+    tokens: int
+    loss_x: float
+    loss_y: float
+    loss_z: float
+
+    def to_json(self) -> Json:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @staticmethod
+    def from_json(value: Json) -> Evaluation:
+        return Evaluation(**value)
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensor:
+    """A tensor's bytes in host memory, C order, little endian. `dtype` as safetensors names it: F32, BF16, I64, U8."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Tensors by name and the JSON that goes with them, all of one step boundary.
+
+    `wait` returns once the device has delivered every byte; nobody may read `tensors` before it.
+    """
+
+    step: int
+    tensors: Mapping[str, HostTensor]
+    state: Json
+    wait: Callable[[], None] = lambda: None
+
+
+# --- what an adapter implements ---------------------------------------------------------------------------------------
+
+
+class Stream(Protocol):
+    """One source of records in a deterministic order.
+
+    The stream keeps a list of entries (files, spans of files, topics). It grows only by `adopt`, in the order of the
+    journal; `discover` merely says what could be added, so that a resume sees the same list at the same draw.
+    """
+
+    def discover(self) -> list[Json]:
+        """New entries beyond the adopted ones, in the order to adopt them. Raises StreamUnavailable, or Refused where data
+        already read has changed."""
+
+    def adopt(self, entries: Sequence[Json]) -> None:
+        """Append entries, as `discover` gave them, to the list."""
+
+    def read(self, place: Json | None) -> Iterator[tuple[Record | Rejected | Finished, Json]]:
+        """Items after `place`, each with the place after it; ends when every adopted entry has been read. After more is
+        adopted, a new call with the last place goes on. Raises StreamUnavailable, Refused on rewritten data."""
+
+    def verify(self, finished: Mapping[int, str]) -> None:
+        """Check entries read to their end (index to digest) against what is there now; cheap where nothing was touched.
+        Raises Refused naming the entry that was rewritten."""
+
+    def lag(self, place: Json | None) -> int:
+        """Bytes adopted and not yet read, after `place`."""
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+    end_token: int
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of one document, shape (n,), without the end token."""
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def save(self, folder: Path) -> list[str]:
+        """Write the files with which Hugging Face's AutoTokenizer loads the same tokenizer; their names."""
+
+
+Role = Literal["matrix", "embedding", "head", "norm", "bias"]
+"""What a parameter is for. `matrix` is a hidden matrix (rows = output neurons) and goes to the spectral rule."""
+
+
+class Model(Protocol):
+    """A model family with its settings."""
+
+    def build(self, vocab_size: int, *, device: str = "cpu") -> torch.nn.Module:
+        """The module with freshly drawn weights (torch's global generator), or on `meta` without any."""
+
+    def loss(self, module: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """Summed next-token loss in nats and float32, 0-d. tokens: (batch, length + 1), int64; -100 marks targets that do
+        not count."""
+
+    def roles(self, module: torch.nn.Module) -> Mapping[str, Role]:
+        """The role of every trainable parameter, by the name that `named_parameters()` gives it."""
+
+    def hf_config(self, vocab_size: int, end_token: int) -> Json:
+        """The Hugging Face `config.json` with which the exported tensors load."""
+
+    def initial_weights(self, tensors: Mapping[str, torch.Tensor], hf_config: Json, vocab_size: int) -> Mapping[str, torch.Tensor]:
+        """The module's own tensors from an exported or Hugging Face checkpoint; ConfigError naming what does not fit."""
+
+    def activation_bytes(self, batch: int, length: int, vocab_size: int, element_bytes: int) -> int:
+        """An estimate of what one forward and backward pass keeps, in bytes."""
+
+
+class Journal(Protocol):
+    """Append-only, fsynced decisions. Entries of one scope are numbered and chained by digest."""
+
+    def append(self, scope: str, entry: Json) -> None:
+        """Durable when this returns. Thread-safe."""
+
+    def entries(self, scope: str) -> list[Json]:
+        """All entries of the scope, oldest first."""
+
+
+def chain(digest: str, entry: Json) -> str:
+    """The digest of a journal scope after `entry`, given the one before it ("" for none): SHA-256, hex."""
+    line = json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(f"{digest}\n{line}".encode()).hexdigest()
