@@ -1,9 +1,9 @@
 """What crosses the rooms of anytimed, and what an adapter implements.
 
-In the order of a batch's life: a `Stream` yields `Record`s, each with the place after it; the data room turns them into a
-`Batch` that carries the `Position` to resume after it and the `Holdout` in force; the learner answers a step with a
-`StepReport`; a `Snapshot` takes tensors out of the learner as `HostTensor`s, which storage writes as a commit or an export.
-Last come the Protocols: `Stream`, `Tokenizer`, `Model`, `Journal`.
+In the order of a batch's life: a `Stream` yields `Record`s, each with the place after it; the data room turns them
+into a `Batch` that carries the `Position` to resume after it and the `Holdout` in force; the learner answers a step
+with a `StepReport`; a `Snapshot` takes tensors out of the learner as `HostTensor`s, which storage writes as a commit
+or an export. Last come the Protocols: `Stream`, `Tokenizer`, `Model`, `Journal`.
 
 Everything here is plain data: no torch, no I/O. Errors that a person should read carry their exit code.
 """
@@ -90,7 +90,8 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class SourcePosition:
-    """Where one source stands. `place` is the adapter's own JSON (None before the first record); the rest are counts."""
+    """Where one source stands. `place` is the adapter's own JSON (None before the first record); the rest are
+    counts."""
 
     place: Json | None = None
     records: int = 0
@@ -156,9 +157,9 @@ class Holdout:
 class Position:
     """Where the stream resumes: the start of a shuffle block and the number of its sequences already used.
 
-    All but `index` describe the block's start: what of the journal was in effect, the next draw, every source's place, the
-    tokens that were left over in the packer, and the hold-out before the block was read. Resuming re-reads one block.
-    """
+    All but `index` describe the block's start: what of the journal was in effect, the next draw, every source's place,
+    the tokens that were left over in the packer, and the hold-out before the block was read. Resuming re-reads one
+    block. """
 
     journal_length: int = 0
     journal_digest: str = ""
@@ -207,9 +208,8 @@ class Position:
 class Batch:
     """tokens: (batch, sequence_length + 1), inputs and the targets one to the right.
 
-    `position` resumes after this batch. `holdout` is the one in force while it is trained on. `read` says per source how
-    far reading has come at the end of this batch's block: the span of everything the model can have seen.
-    """
+    `position` resumes after this batch. `holdout` is the one in force while it is trained on. `read` says per source
+    how far reading has come at the end of this batch's block: the span of everything the model can have seen. """
 
     tokens: NDArray[np.int32]
     position: Position
@@ -232,7 +232,8 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Mean loss in nats per token on one hold-out, at the averaged weights x, the gradient point y, the fast iterate z."""
+    """Mean loss in nats per token on one hold-out, at the averaged weights x, the gradient point y, the fast iterate
+    z."""
 
     step: int
     holdout: str
@@ -282,8 +283,8 @@ class Stream(Protocol):
     """
 
     def discover(self) -> list[Json]:
-        """New entries beyond the adopted ones, in the order to adopt them. Raises StreamUnavailable, or Refused where data
-        already read has changed."""
+        """New entries beyond the adopted ones, in the order to adopt them. Raises StreamUnavailable, or Refused where
+        data already read has changed."""
 
     def adopt(self, entries: Sequence[Json]) -> None:
         """Append entries, as `discover` gave them, to the list."""
@@ -320,12 +321,15 @@ Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 class Model(Protocol):
     """A model family with its settings."""
 
+    hf_model_type: ClassVar[str]
+    """`model_type` of the Hugging Face configurations that this family reads and writes."""
+
     def build(self, vocab_size: int, *, device: str = "cpu") -> torch.nn.Module:
         """The module with freshly drawn weights (torch's global generator), or on `meta` without any."""
 
     def loss(self, module: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        """Summed next-token loss in nats and float32, 0-d. tokens: (batch, length + 1), int64; -100 marks targets that do
-        not count."""
+        """Summed next-token loss in nats and float32, 0-d. tokens: (batch, length + 1), int64; -100 marks targets that
+        do not count."""
 
     def roles(self, module: torch.nn.Module) -> Mapping[str, Role]:
         """The role of every trainable parameter, by the name that `named_parameters()` gives it."""
@@ -333,8 +337,14 @@ class Model(Protocol):
     def hf_config(self, vocab_size: int, end_token: int) -> Json:
         """The Hugging Face `config.json` with which the exported tensors load."""
 
-    def initial_weights(self, tensors: Mapping[str, torch.Tensor], hf_config: Json, vocab_size: int) -> Mapping[str, torch.Tensor]:
-        """The module's own tensors from an exported or Hugging Face checkpoint; ConfigError naming what does not fit."""
+    @classmethod
+    def from_hf(cls, config: Json) -> Model:
+        """The model that a Hugging Face `config.json` describes; ConfigError naming what this family does not do."""
+
+    def initial_weights(
+        self, tensors: Mapping[str, torch.Tensor], hf_config: Json, vocab_size: int
+    ) -> Mapping[str, torch.Tensor]:
+        """The module's tensors from an exported or Hugging Face checkpoint; ConfigError naming what does not fit."""
 
     def activation_bytes(self, batch: int, length: int, vocab_size: int, element_bytes: int) -> int:
         """An estimate of what one forward and backward pass keeps, in bytes."""

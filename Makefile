@@ -1,0 +1,52 @@
+# make run     the daemon on configs/quickstart.toml (STEPS=300 stops it after 300 steps, CONFIG=… runs another file)
+# make test    the whole suite
+# make check   ruff, mypy, import contracts, systemd unit
+# make bench   the benchmarks
+#
+# PYTHON picks the interpreter of .venv, TORCH_INDEX=URL another wheel index for torch (see README: machines without a GPU).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/quickstart.toml
+TORCH_INDEX ?=
+PIP_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INPUTS := pyproject.toml constraints.txt
+WORKERS ?= 2
+
+.PHONY: run test check bench clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.installed
+	@$(BIN)/anytimed run $(CONFIG) $(if $(STEPS),--steps $(STEPS))
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	@command -v systemd-analyze >/dev/null || { echo "systemd-analyze is missing: apt-get install systemd"; exit 1; }
+	systemd/verify
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/export_stall.py
+
+# torch first and alone: it is the large one, and the constraint names the exact version that every later resolve keeps.
+$(VENV)/.installed: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	$(BIN)/pip install -q --disable-pip-version-check $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

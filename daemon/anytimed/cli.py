@@ -1,0 +1,271 @@
+"""The command line: the only module that sees everything.
+
+Commands that read (`status`, `list`, `pull`) import no torch. A failure that a person can act on is one message on
+standard error and the exit code of its kind: 1 failure, 2 bad usage or config, 3 refused, 4 pulled an older checkpoint
+than the newest. """
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from anytimed.contracts import AnytimedError, ConfigError, Json
+
+app = typer.Typer(
+    help="Continual, anytime training: a daemon that never finishes, and checkpoints that anyone can pull at any time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (TOML).")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the configuration file that names it.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="Published prefix: any fsspec URL or a folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("anytimed.toml"),
+) -> None:
+    """Write a commented starter configuration."""
+    text = files("anytimed").joinpath("starter.toml").read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path}: exists already; name another file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from None
+    out.print(f"Wrote {path}. Next: anytimed check {path}", markup=False)
+
+
+@app.command()
+def check(path: ConfigFile) -> None:
+    """Validate everything that can be validated without training."""
+    from anytimed.config import load
+    from anytimed.service.check import check as findings
+
+    table = Table("", "what", "found", box=None, padding=(0, 2, 0, 0))
+    good = True
+    for finding in findings(load(path)):
+        good = good and finding.good
+        table.add_row("[green]ok[/]" if finding.good else "[red]no[/]", finding.what, _plain(finding.told))
+    out.print(table)
+    if not good:
+        raise ConfigError(f"{path}: not everything is in order; see the lines marked no")
+
+
+@app.command()
+def run(
+    path: ConfigFile,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop once the run has this many steps (demos, tests).")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the old run is moved aside.")] = False,
+) -> None:
+    """Train until told to stop. Every start goes on from the newest commit."""
+    from anytimed.config import load
+    from anytimed.service.console import View, configure_logging
+    from anytimed.service.requests import Mailbox
+    from anytimed.service.signals import posted_to
+
+    configure_logging(out)
+    config, mailbox = load(path), Mailbox()
+    with posted_to(mailbox):
+        from anytimed.service.loop import Daemon
+        from anytimed.service.recovery import recover
+
+        session = recover(config, fresh=fresh)
+        try:
+            with View(out, f"anytimed {path}") as view:
+                daemon = Daemon(session, mailbox, view, steps=steps)
+                daemon.run()
+        finally:
+            session.run.release()
+    status = daemon.status_now()
+    if status["commit"]:
+        out.print(
+            f"Committed step {status['commit']['step']} in {status['commit']['path']}", markup=False, soft_wrap=True
+        )
+    out.print(f"Go on:  anytimed run {path}", markup=False, soft_wrap=True)
+    out.print(f"Pull:   anytimed pull {config.exports.url} --to DIR", markup=False, soft_wrap=True)
+
+
+@app.command()
+def status(where: Run, as_json: AsJson = False) -> None:
+    """Show how a run is doing; from status.json when no daemon runs."""
+    from anytimed.service.console import ago, table
+    from anytimed.service.control import ask
+
+    folder = _run_directory(where)
+    try:
+        found = ask(folder / "control.sock", "GET", "/status", timeout_s=5)
+    except OSError:
+        found = _last_status(folder)
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    if found["state"].startswith("not running"):
+        out.print(f"No daemon runs; this is what it said {ago(time.time() - found['time'])} ago.")
+    out.print(table(found, time.time()))
+
+
+@app.command()
+def export(where: Run) -> None:
+    """Ask the running daemon to publish x now, and wait until it is there."""
+    from anytimed.service.control import ask
+
+    folder = _run_directory(where)
+    try:
+        with err.status("exporting"):
+            answer = ask(folder / "control.sock", "POST", "/export")
+    except OSError:
+        raise AnytimedError(f"no daemon answers in {folder}; start it with `anytimed run CONFIG`") from None
+    out.print(f"Published {answer['checkpoint']} (step {answer['step']})", markup=False, soft_wrap=True)
+    out.print(f"Pull:  anytimed pull {answer['url']} --to DIR", markup=False, soft_wrap=True)
+
+
+@app.command()
+def pull(
+    url: Url,
+    to: Annotated[Path, typer.Option(help="Folder to pull into; its `current` is the newest pulled checkpoint.")],
+    checkpoint: Annotated[str | None, typer.Option(help="A certain checkpoint, as `anytimed list` names it.")] = None,
+) -> None:
+    """Fetch the newest checkpoint, verified, and switch `DIR/current` to it."""
+    from anytimed.storage.pull import pull as fetch
+
+    with _progress("pulling") as progress:
+        pulled = fetch(url, to, checkpoint=checkpoint, progress=progress)
+    manifest = pulled.manifest
+    out.print(f"{manifest.id}: step {manifest.step:,}, {manifest.tokens:,} tokens", markup=False, highlight=False)
+    out.print(f"{to / 'current'}", markup=False, soft_wrap=True, highlight=False)
+    if pulled.fell_back:
+        err.print(f"The newest checkpoint was damaged; {manifest.id} is the newest good one.", markup=False)
+        raise typer.Exit(4)
+
+
+@app.command("list")
+def list_(url: Url, as_json: AsJson = False) -> None:
+    """List what is published, newest first."""
+    from anytimed.service.console import ago, number, size
+    from anytimed.storage.pull import list_checkpoints
+
+    manifests = sorted(list_checkpoints(url), key=lambda manifest: manifest.order, reverse=True)
+    if as_json:
+        sys.stdout.write(json.dumps([manifest.model_dump(mode="json") for manifest in manifests]) + "\n")
+        return
+    table = Table("checkpoint", "step", "tokens", "hold-out loss of x", "size", "age", box=None, padding=(0, 2, 0, 0))
+    for m in manifests:
+        loss = number(m.evaluation.loss_x if m.evaluation else None)
+        table.add_row(m.id, f"{m.step:,}", f"{m.tokens:,}", loss, size(m.total_bytes), ago(time.time() - m.created_s))
+    out.print(table if manifests else f"Nothing is published at {url} yet.")
+
+
+@app.command()
+def sample(
+    where: Annotated[str, typer.Argument(metavar="DIR_OR_URL", help="Pulled folder, or a published prefix.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Draw among this many tokens.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+) -> None:
+    """Continue a prompt with a published checkpoint."""
+    from anytimed.service.reader_side import load_checkpoint
+    from anytimed.storage.pull import pull as fetch
+    from anytimed.training.sample import continue_text, decode_stream
+
+    with tempfile.TemporaryDirectory(prefix="anytimed-") as scratch:
+        folder = next((f for f in (Path(where), Path(where) / "current") if (f / "config.json").is_file()), None)
+        if folder is None:
+            with _progress("pulling") as progress:
+                folder = fetch(where, Path(scratch), progress=progress).path
+        module, tokenizer, context_length = load_checkpoint(folder)
+    drawn = continue_text(
+        module,
+        tokenizer,
+        prompt,
+        max_new_tokens=tokens,
+        context_length=context_length,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+    )
+    sys.stdout.write(prompt)
+    for piece in decode_stream(tokenizer, drawn, [int(t) for t in tokenizer.encode(prompt)]):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+# --- what the commands share ------------------------------------------------------------------------------------------
+
+
+def _run_directory(where: Path) -> Path:
+    """The run directory itself, or the one that a configuration names."""
+    if where.is_dir():
+        folder = where
+    else:
+        from anytimed.config import load
+
+        folder = Path(load(where).run.directory)
+    if not (folder / "OWNER").exists():
+        raise ConfigError(f"{folder}: no run here yet; `anytimed run CONFIG` begins one")
+    return folder
+
+
+def _last_status(folder: Path) -> Json:
+    try:
+        found: Json = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AnytimedError(f"{folder}: no daemon answers, and none has left a status") from None
+    return {**found, "state": f"not running (was {found['state']})"}
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on a terminal; nothing is written anywhere else."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def main() -> None:
+    """Entry point: runs the app and turns errors for people into a message and an exit code."""
+    try:
+        app()
+    except AnytimedError as error:
+        err.print(f"anytimed: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

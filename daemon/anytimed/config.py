@@ -1,0 +1,313 @@
+"""The configuration: one TOML file into frozen models, and errors a person can act on.
+
+In order: the tables that anytimed itself owns, as pydantic models whose field names carry their units; `load`, which
+reads a file (first phase: an adapter's table is kept raw, the registry validates it with the adapter's own model);
+`explain`, which turns pydantic's errors into lines that name file, table, key, what was found and what is allowed; and
+`digest`.
+
+No field names a horizon: the stream has no end, and neither has the training.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import sysconfig
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from anytimed.contracts import ConfigError, Json
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Table(BaseModel):
+    """A table of the file. Unknown keys are errors; nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class AdapterTable(BaseModel):
+    """A table whose `type` names an installed adapter; the other keys are the adapter's own and stay raw here."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    type: str = Field(description="name of an installed adapter")
+
+    @property
+    def settings(self) -> Json:
+        """The adapter's own keys."""
+        return dict(self.model_extra or {})
+
+
+class RunTable(Table):
+    """Where the state lives and on what it is computed."""
+
+    directory: str = Field(min_length=1, description="folder of the resumable state; relative to the working directory")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seeds the initial weights, the mixture and the shuffling")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (CUDA if there is one), cpu, cuda, cuda:N",
+    )
+    threads: int = Field(default=0, ge=0, description="CPU threads of torch; 0 leaves torch's choice")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of the matrix products on CUDA (autocast); the CPU always computes in float32"
+    )
+    deterministic: bool = Field(default=True, description="ask torch for deterministic kernels: resume is bit for bit")
+    compile: bool = Field(default=False, description="torch.compile the model")
+
+
+class ModelTable(AdapterTable):
+    init_from: str | None = Field(
+        default=None, description="directory or URL of an exported or Hugging Face checkpoint to start from"
+    )
+
+
+class SourceTable(AdapterTable):
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="share of the draws, relative to the others"
+    )
+
+
+class HoldoutTable(Table):
+    """The hold-out: whole records, chosen by a hash of their content, never trained on."""
+
+    fraction: float = Field(default=0.01, gt=0, lt=0.5, description="share of the records held out")
+    max_tokens: Positive = Field(default=65_536, description="bound over all sources; older records thin out")
+    record_tokens: Positive = Field(default=4_096, description="a held-out record keeps its first tokens")
+
+
+class Schedule(Table):
+    """When something happens. Steps are counted by the loop; seconds and cron by the wall clock."""
+
+    every_s: Seconds | None = Field(default=None, description="interval in seconds")
+    cron: str | None = Field(default=None, description='five cron fields, as in "0 * * * *"')
+
+    @field_validator("cron")
+    @classmethod
+    def _five_fields(cls, value: str | None) -> str | None:
+        if value is not None and len(value.split()) != 5:
+            raise ValueError('five cron fields (minute hour day month weekday), as in "0 * * * *"')
+        return value
+
+    @model_validator(mode="after")
+    def _one_clock(self) -> Schedule:
+        if self.every_s is not None and self.cron is not None:
+            raise ValueError("every_s or cron, not both")
+        return self
+
+
+class DataTable(Table):
+    """From records to batches."""
+
+    sequence_length: Positive = Field(description="tokens a sequence predicts")
+    batch_size: Positive = Field(description="sequences a step")
+    micro_batch_size: Positive | None = Field(
+        default=None, description="sequences a forward pass; gradients accumulate over batch_size / this"
+    )
+    shuffle_block_sequences: Positive = Field(default=4096, description="sequences shuffled together")
+    prefetch_batches: Positive = Field(default=8, description="batches read ahead")
+    discover: Schedule = Field(default=Schedule(every_s=10.0), description="when to look for new data")
+    holdout: HoldoutTable = HoldoutTable()
+
+    @model_validator(mode="after")
+    def _accumulation(self) -> DataTable:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size has to divide batch_size = {self.batch_size}")
+        return self
+
+
+class TrainingTable(Table):
+    clip_grad_norm: float | None = Field(default=1.0, gt=0, description="global norm the gradient is clipped to")
+
+
+class EvaluationTable(Table):
+    every_steps: Positive = Field(default=100, description="evaluate x, y and z on the hold-out")
+    batch_size: Positive = Field(default=16, description="sequences a forward pass of the evaluation")
+
+
+class CommitsTable(Schedule):
+    """Resumable state on the local disk."""
+
+    every_s: Seconds | None = 300.0
+    every_steps: Positive | None = None
+    keep: int = Field(default=3, ge=2, description="verified commits kept")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cron_replaces_the_default(cls, value: Any) -> Any:
+        return {"every_s": None, **value} if isinstance(value, dict) and "cron" in value else value
+
+
+class ExportsTable(Schedule):
+    """The averaged weights x, published for anyone to pull."""
+
+    url: str = Field(min_length=1, description="fsspec URL of the published prefix; a plain path is a local folder")
+    storage_options: dict[str, Any] = Field(default_factory=dict, description="passed to fsspec; no secrets here")
+    every_steps: Positive | None = None
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the exported tensors")
+    max_shard_bytes: Positive = Field(default=5_000_000_000, description="a larger model is split into shards")
+    keep: Positive = Field(default=10, description="newest checkpoints kept; what latest or best names is always kept")
+    keep_every_s: Seconds | None = Field(default=None, description="beyond `keep`, one checkpoint per period stays")
+    delete_after_s: float = Field(
+        default=3600.0, ge=0, description="data outlives its manifest by this: the longest pull"
+    )
+    drain_s: float = Field(default=60.0, ge=0, description="how long a stop waits for uploads")
+    model_license: str | None = Field(default=None, description="license named in the model card")
+
+
+class LoggingTable(Table):
+    every_steps: Positive = Field(
+        default=10, description="read losses from the device, refresh the view, write metrics"
+    )
+
+
+class Config(Table):
+    """A whole file. `path` is where it was read from."""
+
+    run: RunTable
+    model: ModelTable
+    tokenizer: AdapterTable
+    data: DataTable
+    sources: dict[str, SourceTable] = Field(min_length=1)
+    optimizer: AdapterTable
+    training: TrainingTable = TrainingTable()
+    evaluation: EvaluationTable = EvaluationTable()
+    commits: CommitsTable = CommitsTable()
+    exports: ExportsTable
+    logging: LoggingTable = LoggingTable()
+
+    _path: Path = Path()
+
+    @field_validator("sources")
+    @classmethod
+    def _names(cls, value: dict[str, SourceTable]) -> dict[str, SourceTable]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+                raise ValueError(f"source name {name!r}: letters, digits, '-' and '_', at most 64")
+        return value
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the whole configuration, storage options left out."""
+        told = self.model_dump(mode="json", exclude={"exports": {"storage_options"}})
+        for source in told["sources"].values():
+            source.pop("storage_options", None)
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path) -> Config:
+    """Read and validate a file. Raises ConfigError with one line for every mistake found."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `anytimed init {path}` writes a starter") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    try:
+        config = Config.model_validate(_placeholders(data))
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config, data, str(path))) from None
+    object.__setattr__(config, "_path", path)
+    return config
+
+
+def _placeholders(value: Any) -> Any:
+    """`{stdlib}` stands for the folder of Python's standard library, so that a config can name text every machine
+    has."""
+    if isinstance(value, str):
+        return value.replace("{stdlib}", sysconfig.get_path("stdlib"))
+    if isinstance(value, dict):
+        return {key: _placeholders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_placeholders(item) for item in value]
+    return value
+
+
+# --- errors that say what to do ---------------------------------------------------------------------------------------
+
+
+def explain(error: ValidationError, model: type[BaseModel], data: Any, file: str, table: tuple[str, ...] = ()) -> str:
+    """One line a mistake: file, table, key, what was found, what is allowed. `table` is where `data` sits in the
+    file."""
+    return "\n".join(_line(item, model, data, file, table) for item in error.errors(include_url=False))
+
+
+def _line(item: ErrorDetails, model: type[BaseModel], data: Any, file: str, table: tuple[str, ...]) -> str:
+    path = [str(part) for part in item["loc"]]
+    owner, found = _walk(model, data, path[:-1])
+    key = path[-1] if path else None
+    # A rule over a whole table is reported at the table: the key of the message is then that table's name.
+    if (
+        key is not None
+        and isinstance(found, Mapping)
+        and isinstance(found.get(key), Mapping)
+        and item["type"] != "extra_forbidden"
+    ):
+        path, key = [*path, ""], None
+    where = ".".join([*table, *path[:-1]]) if path else ".".join(table)
+    head = f"{file}: [{where}]" if where else f"{file}:"
+    what = f"{head} {key}" if key else head
+    match item["type"]:
+        case "missing":
+            is_table = owner is not None and key in owner.model_fields and _table_of(owner.model_fields[key].annotation)
+            need = f"the table [{'.'.join([*table, *path])}]" if is_table else f"{key} ({_describe(owner, key)})"
+            return f"{head} missing: {need} has to be given"
+        case "extra_forbidden":
+            known = sorted(owner.model_fields) if owner else []
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return f"{head} unknown key {key}{hint} Known here: {', '.join(known)}"
+        case _:
+            value = item["input"]
+            shown = "a table" if isinstance(value, Mapping) else json.dumps(value, default=str)
+            return f"{what}: found {shown[:200]}, allowed: {_allowed(item, owner, key)}"
+
+
+def _allowed(item: ErrorDetails, owner: type[BaseModel] | None, key: str | None) -> str:
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    about = _describe(owner, key)
+    return f"{message} ({about})" if about else message
+
+
+def _describe(owner: type[BaseModel] | None, key: str | None) -> str:
+    field = owner.model_fields.get(key) if owner and key else None
+    return (field.description or "") if field else ""
+
+
+def _walk(model: type[BaseModel] | None, data: Any, path: list[str]) -> tuple[type[BaseModel] | None, Any]:
+    """The model that owns the last key of a path, and the data there."""
+    owner: type[BaseModel] | None = model
+    annotation: Any = model
+    for part in path:
+        if owner is not None and part in owner.model_fields:
+            annotation = owner.model_fields[part].annotation
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        data = data.get(part) if isinstance(data, Mapping) else None
+        owner = _table_of(annotation)
+    return owner, data
+
+
+def _table_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return next((found for part in get_args(annotation) if (found := _table_of(part))), None)
+    return None

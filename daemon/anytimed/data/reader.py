@@ -1,0 +1,132 @@
+"""Runs the pipeline ahead of the learner, in one thread, into a bounded queue.
+
+Only the thread touches the pipeline; everyone else takes batches out, posts requests and reads a snapshot. A dry
+stream puts the thread to sleep: before that it polls once by itself, so that a block is cut short only when there is
+nothing new, and then it waits until someone asks for a poll. Batches that were made before a failure are still handed
+out, for they are good; then the failure is raised where the batches are taken.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from anytimed.contracts import Batch, Json
+from anytimed.data.pipeline import Dry, Interrupted, Pipeline
+
+
+class Reader:
+    """A restored pipeline and its thread. `depth`: the most batches kept ready (>= 1)."""
+
+    def __init__(self, pipeline: Pipeline, depth: int) -> None:
+        self._pipeline = pipeline
+        self._depth = depth
+        self._changed = threading.Condition()
+        self._batches: deque[Batch] = deque()
+        self._dry: Dry | None = None
+        self._poll = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._told: Json = pipeline.status()
+        # a daemon: a store that hangs inside a read must not keep the process from ending
+        self._thread = threading.Thread(target=self._run, name="anytimed-reader", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def get(self, timeout_s: float) -> Batch | Dry | None:
+        """The next batch; Dry when every made batch was taken and no more can be made; None after `timeout_s` without
+        either. Raises what the thread failed with, Interrupted after `close`."""
+        with self._changed:
+            self._changed.wait_for(self._has_answer, timeout_s)
+            if self._closed:
+                raise Interrupted("the reader is closed")
+            if self._batches:
+                self._changed.notify_all()
+                return self._batches.popleft()
+            if self._failure is not None:
+                raise self._failure
+            return self._dry
+
+    def poll(self) -> None:
+        """Ask the thread to look for new data soon; wakes it where the stream was dry."""
+        with self._changed:
+            self._poll = True
+            self._dry = None
+            self._changed.notify_all()
+
+    def status(self) -> Json:
+        """Ready batches, the queue's depth, `waiting` (reason per source while dry) and the pipeline's own status."""
+        with self._changed:
+            return {
+                **self._told,
+                "ready": len(self._batches),
+                "depth": self._depth,
+                "waiting": dict(self._dry.reasons) if self._dry else {},
+            }
+
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Stop reading and drop what was made. Whether the thread ended within `timeout_s`; where it hangs in a read,
+        it ends by itself after that and journals nothing more."""
+        self._pipeline.interrupt()
+        with self._changed:
+            self._closed = True
+            self._batches.clear()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._offer(self._read())
+        except Interrupted:
+            pass
+        except BaseException as failure:  # noqa: BLE001 - not handled here: it is raised again in `get`
+            with self._changed:
+                self._failure = failure
+                self._changed.notify_all()
+
+    def _read(self) -> Batch | Dry:
+        """One batch. Dry only if a poll has found nothing and there was no block to cut short."""
+        while isinstance(outcome := self._pipeline.next_batch(), Dry):
+            if not self._pipeline.poll():
+                return self._pipeline.next_batch()
+        return outcome
+
+    def _wait_for_work(self) -> bool:
+        """Sleep while the queue is full or the stream dry, serving polls; False once closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._poll or self._may_read())
+                if self._closed:
+                    return False
+                if not self._poll:
+                    return True
+                self._poll = False
+            self._pipeline.poll()
+            self._tell()
+
+    def _may_read(self) -> bool:
+        return self._dry is None and len(self._batches) < self._depth
+
+    def _offer(self, outcome: Batch | Dry) -> None:
+        told = self._pipeline.status()
+        with self._changed:
+            self._told = told
+            if isinstance(outcome, Batch):
+                self._batches.append(outcome)
+            elif not self._poll:  # a poll that was asked for meanwhile comes first
+                self._dry = outcome
+            self._changed.notify_all()
+
+    def _tell(self) -> None:
+        told = self._pipeline.status()
+        with self._changed:
+            self._told = told
+
+    def _has_answer(self) -> bool:
+        return bool(self._batches) or self._dry is not None or self._failure is not None or self._closed

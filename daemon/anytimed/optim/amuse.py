@@ -1,0 +1,115 @@
+"""AMUSE: Muon with Nesterov momentum under Schedule-Free averaging whose gradient point moves from z towards x.
+
+For a hidden matrix W, (m, n), with g the gradient at y:
+
+    M     <- mu M + (1 - mu) g            U = (1 - mu) g + mu M
+    O      = s polar(U)                   s = 0.2 sqrt(max(m, n)), or sqrt(max(1, m / n))
+    z     <- (1 - eta_t lambda) z - eta_t O
+    x     <- (1 - c_t) x + c_t z          y <- (1 - beta_t) z + beta_t x
+    beta_t = beta1                                    while t <= T0, T0 = warm-up length, at least 2
+    beta_t = 1 - S_t^rho (1 - beta1)                  afterwards, S_t = min(1, W_{T0-1} / W_{t-1})
+
+With equal weights S_t = (T0 - 1) / (t - 1): gradients are first taken near z (fast), later near x (calm). The ratio of
+sums is the paper's S_t at a constant learning rate; it also stands where w_t dips to 0, and the clamp keeps
+beta_t >= beta1 when the past is discounted (`forget`). x is stored, so no beta ever decodes it.
+
+Everything else goes by Schedule-Free AdamW (`adamw.py`) on the same clock.
+
+    argument                the paper's value    what it does
+    lr                      (0.02 in our pilot)  eta
+    aux_lr                  lr / 2 (ours)        eta of everything that is not a hidden matrix
+    beta1                   0.6                  where between z (0) and x (1) gradients are taken during warm-up
+    mu                      0.95                 momentum (0.8 was better in our pilot)
+    rho                     0.8 at 124M          0 keeps beta_t at beta1, 1 keeps the averaging window of T0
+    weight_decay            0.05 (ours)          lambda; the auxiliaries' too unless aux_weight_decay is given
+    warmup_steps            2000 (ours)          eta rises over these steps
+    scale                   match_rms            s: "match_rms" 0.2 sqrt(max(m, n)), AdamW's update RMS, as the
+                                                 auxiliaries have here; "spectral" sqrt(max(1, m / n))
+    aux_beta2               0.999 officially     AdamW's second moment; 0.99 in our pilot, the default
+    averaging_*                                  as in `sf_normuon`
+
+State: as SF-NorMuon's but for v: 14 bytes an element everywhere. When to use: to compare with SF-NorMuon; its
+gradients are taken nearer the fast iterate at first, and it keeps no second moment for the matrices.
+
+Source: arXiv 2605.22432.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from anytimed.optim.averaging import settle_
+from anytimed.optim.orthogonal import polar
+from anytimed.optim.schedule_free import Group, ScheduleFree
+from anytimed.optim.stacks import MatrixStack
+
+
+class AMUSE(ScheduleFree):
+    """AMUSE for hidden matrices, Schedule-Free AdamW for the rest. Arguments: this module's docstring."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        aux_lr: float | None = None,
+        beta1: float = 0.6,
+        mu: float = 0.95,
+        rho: float = 0.8,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 2000,
+        *,
+        scale: Literal["match_rms", "spectral"] = "match_rms",
+        aux_beta2: float = 0.99,
+        aux_weight_decay: float | None = None,
+        aux_eps: float = 1e-8,
+        averaging_power: float = 0.0,
+        averaging_lr_power: float = 2.0,
+        averaging_window_steps: int | None = None,
+        orthogonal_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            options={
+                "spectral": {
+                    "lr": lr,
+                    "mu": mu,
+                    "scale": scale,
+                    "weight_decay": weight_decay,
+                    "warmup_steps": warmup_steps,
+                },
+                "adamw": {
+                    "lr": lr / 2 if aux_lr is None else aux_lr,
+                    "beta2": aux_beta2,
+                    "weight_decay": weight_decay if aux_weight_decay is None else aux_weight_decay,
+                    "eps": aux_eps,
+                    "warmup_steps": warmup_steps,
+                },
+            },
+            shared={
+                "beta1": beta1,
+                "rho": rho,
+                "averaging_power": averaging_power,
+                "averaging_lr_power": averaging_lr_power,
+                "averaging_window_steps": averaging_window_steps,
+            },
+            first_beta="beta1",
+            orthogonal_dtype=orthogonal_dtype,
+        )
+
+    def _matrix_step(self, stack: MatrixStack, g: Tensor, eta: Tensor, group: Group, active: Tensor | None) -> Tensor:
+        mu, m, n = group["mu"], stack.rows, stack.columns
+        momentum = torch.lerp(stack.momentum, g, 1.0 - mu, out=self._scratch.take("work", g.shape))
+        settle_(stack.momentum, momentum, stack.mask(active))
+        nesterov = torch.lerp(g, momentum, mu, out=g)
+        s = 0.2 * max(m, n) ** 0.5 if group["scale"] == "match_rms" else max(1.0, m / n) ** 0.5
+        return polar(nesterov, dtype=self._orthogonal_dtype, scratch=self._scratch).mul_(eta * s)
+
+    def _next_beta(self, group: Group, t: Tensor, weight_sum: Tensor, reference_sum: Tensor, last_warm: int) -> Tensor:
+        # W_{t-1} is 0 only where every learning rate was: nothing has been averaged, and S_t is 1.
+        share = torch.where(weight_sum > 0, reference_sum / weight_sum, torch.ones_like(weight_sum)).clamp(max=1.0)
+        moving = 1.0 - share.pow(group["rho"]) * (1.0 - group["beta1"])
+        return torch.where(t <= last_warm, torch.full_like(moving, group["beta1"]), moving)

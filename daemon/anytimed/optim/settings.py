@@ -1,0 +1,70 @@
+"""What options and parameters an optimizer accepts, checked when a group is added; errors name what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+
+def _at_least_0(value: Any) -> bool:
+    return bool(value >= 0)
+
+
+def _below_1(value: Any) -> bool:
+    return bool(0 <= value < 1)
+
+
+def _up_to_1(value: Any) -> bool:
+    return bool(0 <= value <= 1)
+
+
+_ALLOWED: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "lr": (_at_least_0, "a number of at least 0"),
+    "weight_decay": (_at_least_0, "a number of at least 0"),
+    "warmup_steps": (lambda n: isinstance(n, int) and n >= 0, "a whole number of at least 0"),
+    "eps": (lambda x: bool(x > 0), "a number above 0"),
+    "mu": (_below_1, "a number in [0, 1)"),
+    "beta2": (_below_1, "a number in [0, 1)"),
+    "beta": (_up_to_1, "a number in [0, 1]"),
+    "beta1": (_up_to_1, "a number in [0, 1]"),
+    "rho": (_up_to_1, "a number in [0, 1]"),
+    "scale": (lambda s: s in ("match_rms", "spectral"), '"match_rms" or "spectral"'),
+    "averaging_power": (_at_least_0, "a number of at least 0"),
+    "averaging_lr_power": (_at_least_0, "a number of at least 0"),
+    "averaging_window_steps": (
+        lambda n: n is None or (isinstance(n, int) and n >= 1),
+        "None or a whole number of at least 1",
+    ),
+}
+
+
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """ValueError naming the first option that is out of its range. Options that are not ours are left alone."""
+    for name, (allowed, expected) in _ALLOWED.items():
+        if name in options and not isinstance(options[name], Tensor) and not allowed(options[name]):
+            raise ValueError(f"{where}: {name} = {options[name]!r}, expected {expected}")
+
+
+def check_parameters(group: Mapping[str, Any], device: torch.device | None) -> None:
+    """ValueError, naming the parameter, where dtype, device or (for the spectral rule) shape does not fit, or where it
+    comes twice. device: the one that all have to be on; None: the first parameter's."""
+    params: list[Tensor] = group["params"]
+    if not params:
+        raise ValueError("a parameter group without parameters; leave the group out")
+    device = params[0].device if device is None else device
+    names = group.get("param_names", [f"number {i}" for i in range(len(params))])
+    seen: set[Tensor] = set()
+    for name, p in zip(names, params, strict=True):
+        where = f"parameter {name} of shape {tuple(p.shape)}, {p.dtype} on {p.device}"
+        if p in seen:
+            raise ValueError(f"{where}: twice in one group; tied weights are one parameter, leave the second name out")
+        seen.add(p)
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{where}: expected float32 or bfloat16")
+        if p.device != device:
+            raise ValueError(f"{where}: expected {device}, as the first parameter; one optimizer works on one device")
+        if group["rule"] == "spectral" and (p.ndim < 2 or p.numel() == 0):
+            raise ValueError(f"{where}: the spectral rule is for matrices; give it a role other than matrix")

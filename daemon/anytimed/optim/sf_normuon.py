@@ -1,0 +1,114 @@
+"""SF-NorMuon: Muon's orthogonalised momentum, scaled neuron by neuron, under Schedule-Free averaging.
+
+For a hidden matrix W, (m, n), rows = output neurons, with g the gradient at y:
+
+    M     <- mu M + (1 - mu) g
+    P      = polar(M)                                     five Newton-Schulz iterations
+    v     <- beta2 v + (1 - beta2) mean over columns of P*P         (m,)
+    Phat   = P / (sqrt(v) + eps)                          row by row
+    ehat   = 0.2 eta_t sqrt(m n) / |Phat|_F               the update's RMS is 0.2 eta_t, AdamW's scale
+    z     <- z - eta_t lambda z - ehat Phat               decay at z, never at y
+    x     <- (1 - c_t) x + c_t z         y <- (1 - beta) z + beta x
+
+Everything else (embeddings, head, norms, biases) goes by Schedule-Free AdamW (`adamw.py`) on the same clock.
+
+    argument                the paper's value    what it does
+    lr                      0.008 to 0.01        eta
+    aux_lr                  lr / 2 (our pilot)   eta of everything that is not a hidden matrix
+    beta                    0.9                  where between z (0) and x (1) gradients are taken
+    mu                      0.8                  momentum; matters most: 0.95 cost 0.13 nats and more in our pilot
+    beta2                   0.95                 memory of v
+    weight_decay            0.05                 lambda; the auxiliaries' too unless aux_weight_decay is given
+    eps                     1e-8
+    warmup_steps            2000                 eta rises over these steps (and the decay with it: ours)
+    aux_beta2               0.99 (our pilot)     AdamW's second moment
+    averaging_power         0                    r > 0 weighs step t by t^r: x is about the last t / (r + 1) steps
+    averaging_lr_power      2                    p: a step weighs eta_t^p
+    averaging_window_steps  none                 N caps the weight sum at N w_t: x forgets beyond about N steps
+
+State: 14 bytes an element (z 4, x 4, momentum 4, compensation 2) and 4 a row for matrices; 14 an element (v for
+momentum) elsewhere. When to use: the default. One set of numbers for every length of the run; served at any step.
+
+Source: arXiv 2605.23061, Algorithm 1; NorMuon, arXiv 2510.05491; Schedule-Free, arXiv 2405.15682.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anytimed.optim.averaging import settle_
+from anytimed.optim.neuron_norm import rescale_, row_squares, second_moment
+from anytimed.optim.orthogonal import polar
+from anytimed.optim.schedule_free import Group, ScheduleFree
+from anytimed.optim.stacks import MatrixStack
+
+
+class SFNorMuon(ScheduleFree):
+    """SF-NorMuon for hidden matrices, Schedule-Free AdamW for the rest. Arguments: this module's docstring."""
+
+    row_moments: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        aux_lr: float | None = None,
+        beta: float = 0.9,
+        mu: float = 0.8,
+        beta2: float = 0.95,
+        weight_decay: float = 0.05,
+        eps: float = 1e-8,
+        warmup_steps: int = 2000,
+        *,
+        aux_beta2: float = 0.99,
+        aux_weight_decay: float | None = None,
+        aux_eps: float = 1e-8,
+        averaging_power: float = 0.0,
+        averaging_lr_power: float = 2.0,
+        averaging_window_steps: int | None = None,
+        orthogonal_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            options={
+                "spectral": {
+                    "lr": lr,
+                    "mu": mu,
+                    "beta2": beta2,
+                    "weight_decay": weight_decay,
+                    "eps": eps,
+                    "warmup_steps": warmup_steps,
+                },
+                "adamw": {
+                    "lr": lr / 2 if aux_lr is None else aux_lr,
+                    "beta2": aux_beta2,
+                    "weight_decay": weight_decay if aux_weight_decay is None else aux_weight_decay,
+                    "eps": aux_eps,
+                    "warmup_steps": warmup_steps,
+                },
+            },
+            shared={
+                "beta": beta,
+                "averaging_power": averaging_power,
+                "averaging_lr_power": averaging_lr_power,
+                "averaging_window_steps": averaging_window_steps,
+            },
+            first_beta="beta",
+            orthogonal_dtype=orthogonal_dtype,
+        )
+
+    def _matrix_step(self, stack: MatrixStack, g: Tensor, eta: Tensor, group: Group, active: Tensor | None) -> Tensor:
+        settle_(stack.momentum, torch.lerp(stack.momentum, g, 1.0 - group["mu"], out=g), stack.mask(active))
+        p = polar(stack.momentum, dtype=self._orthogonal_dtype, scratch=self._scratch)
+        squares = row_squares(p)
+        v = second_moment(stack.v, squares, stack.columns, group["beta2"])
+        settle_(stack.v, v, stack.row_mask(active))
+        length = eta * (0.2 * (stack.rows * stack.columns) ** 0.5)
+        return rescale_(p, squares, stack.v, length, group["eps"])
+
+    def _next_beta(self, group: Group, t: Tensor, weight_sum: Tensor, reference_sum: Tensor, last_warm: int) -> Tensor:
+        return torch.full_like(weight_sum, group["beta"])

@@ -1,0 +1,159 @@
+"""From a configuration to parts: second phase of reading it, adapters looked up, model and optimizer built.
+
+In order: `Parts` holds the adapters, found and validated; `shape` says what a commit binds a run to, and `differences`
+names what does not fit; `pipeline_of` and `learner_of` build the two halves of the training from the parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from anytimed import registry
+from anytimed.config import AdapterTable, Config
+from anytimed.contracts import ConfigError, Journal, Json, Model, Rejected, Stream, Tokenizer
+from anytimed.data.pipeline import Pipeline
+from anytimed.service.timetable import plan
+from anytimed.storage.pull import pull
+from anytimed.training.device import Device
+from anytimed.training.learner import Learner
+from anytimed.training.optimizers import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that the configuration's adapter tables name, built and validated; nothing is read or trained yet."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: Model
+    recipe: Recipe
+    streams: Mapping[str, Stream]
+
+
+def parts_of(config: Config) -> Parts:
+    """Look up and validate every adapter. Raises ConfigError naming file, table and key."""
+    file, base = str(config.path), config.path.parent
+    plan(config)
+    tokenizer = registry.build("anytimed.tokenizers", config.tokenizer, file, ("tokenizer",), base)
+    model = registry.build("anytimed.models", config.model, file, ("model",))
+    recipe = registry.build("anytimed.optimizers", config.optimizer, file, ("optimizer",))
+    streams = {
+        name: registry.build("anytimed.streams", table, file, ("sources", name), name)
+        for name, table in sorted(config.sources.items())
+    }
+    longest = model.hf_config(tokenizer.vocab_size, tokenizer.end_token).get("max_position_embeddings")
+    if longest is not None and config.data.sequence_length > longest:
+        raise ConfigError(
+            f"{file}: [data] sequence_length: found {config.data.sequence_length}, "
+            f"allowed: at most the model's {longest} ([model] context_length)"
+        )
+    return Parts(config, tokenizer, model, recipe, streams)
+
+
+# --- what a commit binds a run to -------------------------------------------------------------------------------------
+
+
+def shape(parts: Parts) -> Json:
+    """What may not change on resume: it decides which tensors there are, or which tokens come next."""
+
+    def told(table: AdapterTable, adapter: object) -> Json:
+        settings = getattr(adapter, "settings", None)
+        return {"type": table.type, **(settings.model_dump(mode="json") if settings is not None else table.settings)}
+
+    config = parts.config
+    sources = {}
+    for name, table in config.sources.items():
+        sources[name] = {**told(table, parts.streams[name]), "weight": table.weight}
+        sources[name].pop("storage_options", None)
+    made: Json = {
+        "model": told(config.model, parts.model),
+        "tokenizer": told(config.tokenizer, parts.tokenizer),
+        "optimizer": {"type": config.optimizer.type},
+        "data": {
+            "sequence_length": config.data.sequence_length,
+            "shuffle_block_sequences": config.data.shuffle_block_sequences,
+            "holdout": config.data.holdout.model_dump(),
+        },
+        "sources": sources,
+        "run": {"seed": config.run.seed},
+    }
+    plain: Json = json.loads(json.dumps(made))
+    return plain
+
+
+def differences(commit: Json, config: Json, path: str = "") -> list[str]:
+    """Every key that differs between two shapes, as `model.layers: 4 in the commit, 6 in the config`."""
+    found: list[str] = []
+    for key in sorted(commit.keys() | config.keys()):
+        here = f"{path}.{key}" if path else key
+        old, new = commit.get(key), config.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, here)
+        elif old != new:
+            shown = [json.dumps(value) if value is not None else "nothing" for value in (old, new)]
+            found.append(f"{here}: {shown[0]} in the commit, {shown[1]} in the config")
+    return found
+
+
+# --- the two halves of the training -----------------------------------------------------------------------------------
+
+
+def pipeline_of(parts: Parts, journal: Journal, quarantine: Callable[[str, Json, Rejected], None]) -> Pipeline:
+    config = parts.config
+    return Pipeline(
+        parts.streams,
+        {name: table.weight for name, table in config.sources.items()},
+        parts.tokenizer,
+        journal,
+        seed=config.run.seed,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        shuffle_block_sequences=config.data.shuffle_block_sequences,
+        holdout_fraction=config.data.holdout.fraction,
+        holdout_max_tokens=config.data.holdout.max_tokens,
+        holdout_record_tokens=config.data.holdout.record_tokens,
+        quarantine=quarantine,
+    )
+
+
+def learner_of(parts: Parts, device: Device) -> Learner:
+    """Model and optimizer on the device, freshly drawn from the seed. `start_from` or `restore` comes after."""
+    config = parts.config
+    torch.manual_seed(config.run.seed)
+    module = parts.model.build(parts.tokenizer.vocab_size).to(device.torch_device)
+    optimizer = parts.recipe.build(module.named_parameters(), parts.model.roles(module))
+    return Learner(
+        parts.model,
+        module,
+        optimizer,
+        device,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.data.micro_batch_size,
+        clip_grad_norm=config.training.clip_grad_norm,
+        evaluation_batch_size=config.evaluation.batch_size,
+        compile=config.run.compile,
+    )
+
+
+def initial_weights(parts: Parts, where: str, cache: Path) -> Mapping[str, torch.Tensor]:
+    """x of another run, or any Hugging Face checkpoint of the model's family, from a folder or a published prefix; a
+    prefix is pulled into `cache` first. Raises ConfigError naming what does not fit."""
+    folder = Path(where)
+    if not (folder / "config.json").is_file():
+        folder = pull(where, cache).path
+    hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if hf_config.get("model_type") != parts.model.hf_model_type:
+        raise ConfigError(
+            f'init_from: {where} is a "{hf_config.get("model_type")}", '
+            f'[model] type = "{parts.config.model.type}" reads "{parts.model.hf_model_type}"'
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"init_from: no .safetensors in {where}")
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return parts.model.initial_weights(tensors, hf_config, parts.tokenizer.vocab_size)

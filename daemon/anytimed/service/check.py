@@ -1,0 +1,123 @@
+"""Everything about a configuration that can be found out without training.
+
+In order: adapters and their tables; every source listed and its first record read; the store written, read back and
+the trace removed; model and optimizer built without storage and counted. Each becomes one `Finding`; a failure does
+not hide the rest."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from anytimed.config import Config
+from anytimed.contracts import AnytimedError, ConfigError, Record, Rejected, Stream
+from anytimed.service.assembly import Parts, parts_of
+from anytimed.service.console import size
+from anytimed.storage.store import Store
+from anytimed.training.device import Device
+from anytimed.training.footprint import Footprint, estimate
+
+READ_AT_MOST = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the table. `good` is False where the daemon would fail or wait."""
+
+    what: str
+    good: bool
+    told: str
+
+
+def check(config: Config) -> Iterator[Finding]:
+    """One finding after the other, as each is known. Raises ConfigError where the adapters' tables are wrong."""
+    parts = parts_of(config)
+    yield Finding("config", True, f"{config.path}: every table and key is known, every adapter is installed")
+    yield _tried("device", lambda: str(_device(config)))
+    for name, stream in parts.streams.items():
+        yield _tried(f"source {name}", partial(_read, stream))
+    yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
+    yield _tried("exports", lambda: _write(config))
+    try:
+        found = footprint(parts, _device(config))
+    except ConfigError as error:
+        yield Finding("model", False, str(error))
+        return
+    yield Finding(
+        "model", True, f"{config.model.type}, {found.parameters:,} parameters, {parts.tokenizer.vocab_size:,} tokens"
+    )
+    for what, count in (
+        ("memory: parameters", found.parameter_bytes),
+        ("memory: gradients", found.gradient_bytes),
+        (f"memory: optimizer ({config.optimizer.type})", found.optimizer_bytes),
+        ("memory: activations (estimate)", found.activation_bytes),
+        ("memory: together", found.total_bytes),
+    ):
+        yield Finding(what, True, f"{count:,} bytes ({size(count)})")
+
+
+def footprint(parts: Parts, device: Device) -> Footprint:
+    """Bytes of the configured model and optimizer, built on `meta`."""
+    data = parts.config.data
+    module = parts.model.build(parts.tokenizer.vocab_size, device="meta")
+    optimizer = parts.recipe.build(module.named_parameters(), parts.model.roles(module))
+    return estimate(
+        parts.model,
+        module,
+        optimizer,
+        micro_batch=data.micro_batch_size or data.batch_size,
+        length=data.sequence_length,
+        vocab_size=parts.tokenizer.vocab_size,
+        element_bytes=2 if device.precision == "bfloat16" else 4,
+    )
+
+
+def _device(config: Config) -> Device:
+    return Device(config.run.device, precision=config.run.precision, deterministic=False)
+
+
+def _tried(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, True, look())
+    except (AnytimedError, OSError) as error:
+        return Finding(what, False, str(error))
+
+
+def _read(stream: Stream) -> str:
+    entries = stream.discover()
+    if not entries:
+        raise AnytimedError("nothing there yet: the daemon would wait for data")
+    stream.adopt(entries)
+    waiting = size(stream.lag(None))
+    for count, (item, _) in enumerate(stream.read(None)):
+        if isinstance(item, Record):
+            return f"{len(entries):,} entries, {waiting}; the first record has {len(item.text):,} characters"
+        if isinstance(item, Rejected) and count >= READ_AT_MOST:
+            raise AnytimedError(f"no readable record among the first {READ_AT_MOST}: {item.reason}")
+    raise AnytimedError(f"{len(entries):,} entries and no readable record in them")
+
+
+def _directory(path: Path) -> str:
+    there = path.resolve()
+    known = (there / "OWNER").exists()
+    while not there.exists():
+        there = there.parent
+    probe = there / f".anytimed-check-{uuid.uuid4().hex}"
+    probe.touch()
+    probe.unlink()
+    return f"{path}: writable, " + ("holds a run to resume" if known else "a new run would begin")
+
+
+def _write(config: Config) -> str:
+    store = Store(config.exports.url, config.exports.storage_options)
+    key, content = f"check-{uuid.uuid4().hex}", b"anytimed check"
+    store.replace(key, content)
+    try:
+        if store.read(key, 100) != content:
+            raise AnytimedError(f"{config.exports.url}: what was written does not read back the same")
+    finally:
+        store.delete(key)
+    return f"{config.exports.url}: written, read back and removed a probe"

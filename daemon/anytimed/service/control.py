@@ -1,0 +1,111 @@
+"""The control socket: HTTP over a Unix socket in the run directory.
+
+In order: binding and connecting by way of the folder's descriptor, because a socket's path may not exceed 107 bytes
+and a run directory may; the server, two routes in a thread of its own that only read the last status or post a
+request; the client that the CLI uses."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from anytimed.contracts import AnytimedError, Json
+from anytimed.service.requests import Export, Mailbox
+
+EXPORT_TIMEOUT_S = 600.0
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name for `path` that fits into a socket address, however deep its folder is."""
+    folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+class Control:
+    """Serves `GET /status` and `POST /export` on a socket that only the owner and its group may use."""
+
+    def __init__(self, path: Path, mailbox: Mailbox, status: Callable[[], Json]) -> None:
+        self._path, self._mailbox, self._status = path, mailbox, status
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        app = Starlette(
+            routes=[Route("/status", self._get_status), Route("/export", self._post_export, methods=["POST"])]
+        )
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="control", daemon=True)
+
+    def start(self) -> None:
+        """Bind and serve. Whoever holds the run's lock may remove a socket that a killed daemon left."""
+        self._path.unlink(missing_ok=True)
+        with _short(self._path) as address:
+            self._socket.bind(address)
+        self._path.chmod(0o660)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._server.force_exit = True
+        if self._thread.ident is not None:
+            self._thread.join(timeout=5)
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+    async def _get_status(self, _: HttpRequest) -> JSONResponse:
+        return JSONResponse(self._status())
+
+    async def _post_export(self, _: HttpRequest) -> JSONResponse:
+        reply: Future[dict[str, Any]] = Future()
+        self._mailbox.post(Export(reply))
+        try:
+            return JSONResponse(await run_in_threadpool(reply.result, EXPORT_TIMEOUT_S))
+        except AnytimedError as error:
+            return JSONResponse({"error": str(error)}, status_code=503)
+        except TimeoutError:
+            return JSONResponse(
+                {"error": f"not published within {EXPORT_TIMEOUT_S:.0f} s; it goes on"}, status_code=504
+            )
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._unix_path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        with _short(self._unix_path) as address:
+            self.sock.connect(address)
+
+
+def ask(path: Path, method: str, route: str, timeout_s: float = EXPORT_TIMEOUT_S + 5) -> Json:
+    """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says
+    no."""
+    connection = _UnixConnection(path, timeout_s)
+    try:
+        connection.request(method, route)
+        response = connection.getresponse()
+        answer: Json = json.loads(response.read())
+    finally:
+        connection.close()
+    if response.status >= 400:
+        raise AnytimedError(str(answer.get("error", f"the daemon answered {response.status}")))
+    return answer

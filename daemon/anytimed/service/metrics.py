@@ -1,0 +1,39 @@
+"""What is left in files for people and tools: metrics.jsonl, one JSON object a line, and status.json, replaced whole.
+
+Neither is read back by the training, and neither is fsynced: a full disk or a power cut costs figures, never the run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from anytimed.contracts import Json
+
+
+class Metrics:
+    """`failed` says what could not be written, None when all is well again."""
+
+    def __init__(self, path: Path, status: Path) -> None:
+        self._path, self._status = path, status
+        self.failed: str | None = None
+
+    def show(self, status: Json) -> None:
+        """Replace status.json."""
+        beside = self._status.with_name(".tmp-status.json")
+        try:
+            beside.write_text(json.dumps(status), encoding="utf-8")
+            beside.replace(self._status)
+        except OSError as error:
+            self.failed = f"{self._status}: {error}"
+
+    def write(self, kind: str, **values: Any) -> None:
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, separators=(",", ":"))
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self.failed = None
+        except OSError as error:
+            self.failed = f"{self._path}: {error}"

@@ -1,0 +1,129 @@
+"""The one upload thread: builds exports in the spool, publishes them, tries again when the store does not answer.
+
+In order of an export's life: `submit` leaves a recipe for the content where the thread finds it, the newest only; the
+thread makes it and builds it in the spool, which survives a restart; everything older that still waits is dropped; the
+newest is published; a store that fails is tried again later with a growing pause, and the loop never waits for it.
+What happened is posted, and told to whoever asked for the export."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from anytimed.contracts import AnytimedError, Refused
+from anytimed.service.requests import Published, Request
+from anytimed.storage.exports import ExportContent, Publisher, Spool
+
+FIRST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 120.0
+
+Reply = Future[dict[str, Any]]
+Make = Callable[[], ExportContent]
+"""Waits for the device where it has to, then gives the content; called in the outbox's thread."""
+
+
+class Outbox:
+    """`parent`: the checkpoint published last, named as the parent of the next."""
+
+    def __init__(
+        self, spool: Spool, publisher: Publisher, post: Callable[[Request], None], url: str, parent: str | None
+    ) -> None:
+        self._spool, self._publisher, self._post, self._url = spool, publisher, post, url
+        self._parent = parent
+        self._changed = threading.Condition()
+        self._make: Make | None = None
+        self._replies: list[Reply] = []
+        self._retention: Callable[[], object] | None = None
+        self._busy = False
+        self._closing = False
+        self._pause_s = FIRST_PAUSE_S
+        self._retry_at = 0.0  # what an earlier run left in the spool goes out at once
+        self._waiting = bool(spool.pending())
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, make: Make, reply: Reply | None = None) -> None:
+        """Publish this next. What was not yet begun gives way to it, and who asked for that gets this one's answer."""
+        with self._changed:
+            self._make = make
+            if reply is not None:
+                self._replies.append(reply)
+            self._changed.notify()
+
+    def retain(self, delete: Callable[[], object]) -> None:
+        """Run a deletion in the published prefix between uploads."""
+        with self._changed:
+            self._retention = delete
+            self._changed.notify()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being built or uploaded, and nothing waits for the store."""
+        with self._changed:
+            return not (self._busy or self._make or self._waiting)
+
+    def close(self) -> None:
+        """End the thread after what it is doing now; the spool keeps what was not published."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout=5)
+
+    # --- the thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                while not (self._closing or self._make or self._retention or self._due()):
+                    self._changed.wait(self._nap())
+                if self._closing:
+                    return
+                self._busy = True
+                make, self._make = self._make, None
+                replies, self._replies = self._replies, []
+                retention, self._retention = self._retention, None
+            try:
+                if make is not None:
+                    self._spool.build(replace(make(), parent=self._parent))
+                    self._waiting = True
+                if make is not None or self._due():
+                    self._publish(replies)
+                if retention is not None:
+                    retention()
+            except AnytimedError as error:
+                self._failed(error, replies)
+
+    def _due(self) -> bool:
+        return self._waiting and time.monotonic() >= self._retry_at
+
+    def _nap(self) -> float | None:
+        return max(0.0, self._retry_at - time.monotonic()) if self._waiting else None
+
+    def _publish(self, replies: list[Reply]) -> None:
+        """Publish the newest item of the spool and drop the older ones."""
+        pending = self._spool.pending()
+        if pending:
+            newest = pending[-1]
+            self._publisher.publish(newest)
+            for item in pending:
+                self._spool.discard(item)
+            self._parent = newest.id
+            for reply in replies:
+                reply.set_result({"checkpoint": newest.id, "step": newest.manifest.step, "url": self._url})
+            self._post(Published(newest.manifest.step, checkpoint=newest.id))
+        self._waiting, self._pause_s = False, FIRST_PAUSE_S
+
+    def _failed(self, error: AnytimedError, replies: list[Reply]) -> None:
+        for reply in replies:
+            if not reply.done():
+                reply.set_exception(error)
+        self._retry_at = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._post(Published(error=str(error), refused=error if isinstance(error, Refused) else None))

@@ -1,0 +1,279 @@
+"""Every start is a recovery: from a run directory and a configuration to a session that goes on.
+
+In order: the lock and the term (above any term that the published prefix has seen); the journal; the newest commit
+that verifies, saying which were rejected; whether the configuration fits it; model, optimizer and stream restored from
+it, or drawn from the seed when there is none. `Session` then makes the two copies that leave the training: the
+snapshot of a commit and the content of an export."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+
+from anytimed.config import Config, ExportsTable
+from anytimed.contracts import (
+    ConfigError,
+    Evaluation,
+    Holdout,
+    HostTensor,
+    Json,
+    Position,
+    Rejected,
+    Snapshot,
+    SourcePosition,
+    StepReport,
+)
+from anytimed.data.reader import Reader
+from anytimed.service.assembly import Parts, differences, initial_weights, learner_of, parts_of, pipeline_of, shape
+from anytimed.storage.commits import Commit, Commits
+from anytimed.storage.exports import ExportContent, Publisher, Spool
+from anytimed.storage.journal import Journal
+from anytimed.storage.run_directory import RunDirectory
+from anytimed.storage.store import Store, StoreError
+from anytimed.training.device import Device
+from anytimed.training.learner import Learner
+
+log = logging.getLogger("anytimed")
+
+HOLDOUT_TENSOR = "holdout.tokens"
+WORLD_SIZE = 1
+
+
+@dataclass
+class Session:
+    """A run that was recovered, ready for the loop."""
+
+    parts: Parts
+    run: RunDirectory
+    journal: Journal
+    commits: Commits
+    learner: Learner
+    reader: Reader
+    spool: Spool
+    publisher: Publisher
+    position: Position
+    evaluation: Evaluation | None = None
+    parent: str | None = None
+    resumed: Json | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+    def snapshot(self, position: Position, evaluation: Evaluation | None, parent: str | None) -> Snapshot:
+        """A commit's tensors and state: the learner, the Position and its hold-out, what the next export will need."""
+        flat, index = position.holdout.to_arrays()
+        held = HostTensor(
+            "I32", (int(flat.size),), np.ascontiguousarray(flat, "<i4").data.cast("B") if flat.size else memoryview(b"")
+        )
+        state = {
+            "world_size": WORLD_SIZE,
+            "shape": shape(self.parts),
+            "config_digest": self.parts.config.digest(),
+            "position": position.to_json(),
+            "holdout": index,
+            "evaluation": evaluation.to_json() if evaluation else None,
+            "parent_checkpoint": parent,
+        }
+        return self.learner.snapshot({HOLDOUT_TENSOR: held}, state)
+
+    def export(
+        self, config: Config, evaluation: Evaluation | None, read: Mapping[str, SourcePosition]
+    ) -> Callable[[], ExportContent]:
+        """Copy x out now; what is returned waits for the copy and gives a checkpoint's content, in any thread."""
+        snapshot = self.learner.export(config.exports.dtype)
+        tokens = self.learner.tokens
+        skipped = [entry for entry in self.journal.entries("training") if entry["step"] <= snapshot.step]
+
+        def make() -> ExportContent:
+            snapshot.wait()
+            return ExportContent(
+                step=snapshot.step,
+                tokens=tokens,
+                tensors=snapshot.tensors,
+                config={**self.hf_config, "torch_dtype": config.exports.dtype},
+                files=self.tokenizer_files,
+                optimizer={"type": config.optimizer.type, **self.parts.recipe.numbers()},
+                evaluation=evaluation,
+                config_digest=config.digest(),
+                lineage={name: {"url": self.urls[name], **at.to_json()} for name, at in sorted(read.items())},
+                interventions=skipped,
+                flags=["replay is not bit for bit: torch.compile"] if config.run.compile else [],
+            )
+
+        return make
+
+    @cached_property
+    def hf_config(self) -> Json:
+        tokenizer = self.parts.tokenizer
+        return self.parts.model.hf_config(tokenizer.vocab_size, tokenizer.end_token)
+
+    @cached_property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files with which transformers loads the tokenizer, by name."""
+        with tempfile.TemporaryDirectory(prefix="anytimed-") as folder:
+            return {name: (Path(folder) / name).read_bytes() for name in self.parts.tokenizer.save(Path(folder))}
+
+    @cached_property
+    def urls(self) -> dict[str, str]:
+        """Where each source lies, as it may be published."""
+        tables = self.parts.config.sources
+        return {name: without_credentials(str(table.settings.get("url", ""))) for name, table in tables.items()}
+
+    def skip(self, report: StepReport) -> None:
+        """Journal a skipped step, once, however often it is replayed."""
+        entry = {"kind": "skipped", "step": report.step}
+        if entry not in self.journal.entries("training"):
+            self.journal.append("training", entry)
+            log.warning("step %d skipped: loss %g, gradient norm %g", report.step, report.loss, report.grad_norm)
+
+    def retain_published(self, exports: ExportsTable) -> None:
+        self.publisher.retain(
+            keep=exports.keep,
+            keep_every_s=exports.keep_every_s,
+            longest_pull_s=0.0,
+            grace_s=exports.delete_after_s,
+        )
+
+
+def without_credentials(url: str) -> str:
+    """A URL as it may be published: no user, password or query."""
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def recover(config: Config, *, fresh: bool = False) -> Session:
+    """Take the run directory and bring the run back to its newest commit, or begin it.
+
+    The caller releases `Session.run`. Raises ConfigError where the configuration is wrong or does not fit the commit,
+    Refused where another writer holds the run, no commit verifies, or data that was read has changed."""
+    run = RunDirectory(Path(config.run.directory))
+    if fresh:
+        aside = run.start_fresh()
+        if aside is not None:
+            log.info("--fresh: the old run is in %s", aside)
+    run.acquire()
+    try:
+        return _recover(config, run)
+    except BaseException:
+        run.release()
+        raise
+
+
+def _recover(config: Config, run: RunDirectory) -> Session:
+    parts = parts_of(config)
+    problems: dict[str, str] = {}
+    store = Store(config.exports.url, config.exports.storage_options)
+    publisher = Publisher(store)
+    try:
+        publisher.repair()
+        published = publisher.latest_term()
+        if published >= run.term:
+            # Another machine's run, or a run directory that is gone, published here: what we publish has to count as newer.
+            run.release()
+            run.acquire(at_least=published)
+    except StoreError as error:
+        problems["export"] = str(error)
+        log.warning("%s; training goes on, exports wait", error)
+
+    journal = Journal(run.journal)
+    commits = Commits(run)
+    commit = commits.newest()
+    for rejected in commits.rejected:
+        log.warning("rejected a commit: %s", rejected)
+    if commit is not None:
+        _fits(parts, commit)
+
+    device = Device(
+        config.run.device,
+        threads=config.run.threads,
+        precision=config.run.precision,
+        deterministic=config.run.deterministic,
+    )
+    learner = learner_of(parts, device)
+    if commit is None and config.model.init_from is not None:
+        with tempfile.TemporaryDirectory(prefix="init-", dir=run.path) as cache:
+            learner.start_from(initial_weights(parts, config.model.init_from, Path(cache)))
+    position = Position() if commit is None else _restore(learner, commit)
+
+    pipeline = pipeline_of(parts, journal, _Quarantine(run.quarantine / "records"))
+    pipeline.restore(position)
+    session = Session(
+        parts=parts,
+        run=run,
+        journal=journal,
+        commits=commits,
+        learner=learner,
+        reader=Reader(pipeline, config.data.prefetch_batches),
+        spool=Spool(run, max_shard_bytes=config.exports.max_shard_bytes),
+        publisher=publisher,
+        position=position,
+        problems=problems,
+    )
+    if commit is None:
+        log.info("new run %s in %s on %s", run.run_id, run.path, device)
+        return session
+    session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
+    session.parent = commit.state["parent_checkpoint"]
+    session.resumed = {"step": commit.manifest.step, "path": str(commit.path), "time": time.time()}
+    log.info("resumed step %d from %s on %s", commit.manifest.step, commit.path, device)
+    return session
+
+
+def _fits(parts: Parts, commit: Commit) -> None:
+    found = differences(commit.state["shape"], shape(parts))
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise ConfigError(
+            f"{parts.config.path}: does not fit the commit {commit.path}:\n{listed}\n"
+            "Restore these values to go on, or start over with --fresh, which moves the old run aside."
+        )
+    if commit.state["world_size"] != WORLD_SIZE:
+        raise ConfigError(f"{commit.path}: written by {commit.state['world_size']} ranks; this version resumes 1")
+
+
+def _restore(learner: Learner, commit: Commit) -> Position:
+    for name, now in learner.device.facts().items():
+        then = commit.state["learner"]["facts"].get(name)
+        if then != now:
+            log.warning(
+                "%s was %s when the commit was written and is %s now: not bit for bit from here", name, then, now
+            )
+    rest = learner.restore(commit.tensor_files, commit.state)
+    holdout = Holdout.from_arrays(rest[HOLDOUT_TENSOR].numpy(), commit.state["holdout"])
+    return Position.from_json(commit.state["position"], holdout)
+
+
+class _Quarantine:
+    """Appends what could not be read to `<source>.jsonl`, once for every place."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: dict[str, set[str]] = {}
+
+    def __call__(self, source: str, place: Json, rejected: Rejected) -> None:
+        path = self._folder / f"{source}.jsonl"
+        if source not in self._seen:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            self._seen[source] = {_key(json.loads(line)) for line in lines if line.endswith("}")}
+        told: dict[str, Any] = {"place": place, "reason": rejected.reason, "digest": rejected.digest}
+        if _key(told) in self._seen[source]:
+            return
+        self._seen[source].add(_key(told))
+        log.warning("source %s: a record cannot be read: %s; noted in %s", source, rejected.reason, path)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(told) + "\n")
+
+
+def _key(told: Json) -> str:
+    return json.dumps(told["place"], sort_keys=True)

@@ -1,0 +1,86 @@
+"""What may be asked of the loop, and the mailbox it is posted in.
+
+Signal handlers, timers, threads and the control socket only post; the loop drains the mailbox between steps, so
+everything that changes anything happens in one thread. `SimpleQueue.put` is reentrant: a signal handler may post at
+any moment."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Commit, drain the uploads, end. A second one gives up the uploads, never the commit."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """Read the config file again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Write the resumable state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Publish x now. `reply` gets the published checkpoint's JSON, or the error."""
+
+    reply: Future[dict[str, Any]] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Discover:
+    """Look for new data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retain:
+    """Delete what retention lets go of in the published prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The committer is done: where the commit is, or why there is none."""
+
+    step: int
+    path: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run."""
+
+    step: int | None = None
+    checkpoint: str | None = None
+    error: str | None = None
+    refused: Exception | None = None
+
+
+Request = Stop | Reload | Commit | Export | Discover | Retain | Committed | Published
+
+
+class Mailbox:
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Request] = queue.SimpleQueue()
+
+    def post(self, request: Request) -> None:
+        self._queue.put(request)
+
+    def drain(self, wait_s: float = 0.0) -> Iterator[Request]:
+        """Everything posted so far, oldest first; waits up to `wait_s` for the first."""
+        try:
+            yield self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()
+            while True:
+                yield self._queue.get_nowait()
+        except queue.Empty:
+            return

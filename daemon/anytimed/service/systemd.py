@@ -1,0 +1,46 @@
+"""systemd's side of a service: readiness, status text, the watchdog, longer allowances (sd_notify(3)).
+
+One datagram to the socket that NOTIFY_SOCKET names; nothing at all when the daemon does not run under systemd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+
+
+class Systemd:
+    """Talks to the service manager, if there is one."""
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        environment = dict(os.environ) if environment is None else environment
+        self._address = environment.get("NOTIFY_SOCKET", "")
+        watchdog_us = int(environment.get("WATCHDOG_USEC", "0") or 0)
+        if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+            watchdog_us = 0
+        self._ping_every_s = watchdog_us / 1e6 / 4
+        self._pinged = 0.0
+
+    def notify(self, *assignments: str) -> None:
+        """Send assignments such as "READY=1". A service manager that does not listen is no reason to stop training."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+        ):
+            sock.sendto("\n".join(assignments).encode(), address)
+
+    def ping(self) -> None:
+        """Progress was made: feed the watchdog, at most four times per interval."""
+        now = time.monotonic()
+        if self._ping_every_s and now - self._pinged >= self._ping_every_s:
+            self._pinged = now
+            self.notify("WATCHDOG=1")
+
+    def extend(self, seconds: float) -> None:
+        """Ask for a longer allowance than the unit gives, for a load, a compilation or the last commit."""
+        self.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", "WATCHDOG=1")

@@ -1,0 +1,81 @@
+"""How bytes become durable on the local disk.
+
+A file appears whole or not at all: written beside its place under a temporary name, fsynced, renamed, and the folder
+fsynced. A name that was made, renamed or removed is durable only once its folder was fsynced too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+CHUNK_BYTES = 4 << 20
+"""What goes to a hash and to the disk at a time: large enough that both release the GIL for long."""
+
+
+def write_all(file: int, data: memoryview) -> None:
+    """os.write until everything is written: a write may be short where a disk fills or a signal arrives."""
+    while data.nbytes:
+        data = data[os.write(file, data) :]
+
+
+def fsync_folder(path: Path) -> None:
+    """Make names made, renamed or removed in the folder durable."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def make_folders(path: Path, stop: Path | None = None, mode: int = 0o777) -> None:
+    """Create the folder and its missing parents, each made durable in its own parent."""
+    if path == stop or path.is_dir():
+        return
+    make_folders(path.parent, stop)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode)
+    fsync_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> tuple[int, str]:
+    """Write a new file (O_EXCL), fsynced; size in bytes and SHA-256 (hex). The name is durable after `fsync_folder`."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(file, memoryview(data))
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> tuple[int, str]:
+    """Create or replace a file as a whole; size in bytes and SHA-256 (hex). Raises OSError; the old content then
+    stands."""
+    with beside(path) as temporary:
+        written = write_new(temporary, data)
+        temporary.rename(path)
+    fsync_folder(path.parent)
+    return written
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name for a temporary file in the same folder; what is left under it is removed."""
+    temporary = path.with_name(f".tmp-{path.name[:100]}-{secrets.token_hex(6)}")
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):  # what stays is swept at the next start
+            temporary.unlink(missing_ok=True)

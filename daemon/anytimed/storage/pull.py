@@ -1,0 +1,216 @@
+"""The reader's side: take the newest checkpoint, verified, from wherever it is published.
+
+`pull` asks latest.json, else the manifests that are there, which checkpoint is the newest; checks the manifest as a
+stranger's; and has `target` bring it into place. A checkpoint that is retired meanwhile: latest.json is read again.
+Wrong bytes: once more, then the previous good one, and the answer says so. What is in place is never exchanged for
+something older unless that was asked for. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anytimed.contracts import ConfigError, CorruptError, Refused
+
+from .manifest import CHECKPOINTS, MANIFEST_BYTES, MANIFEST_NAME, POINTER_BYTES, CheckpointId, Manifest, Pointer
+from .store import MissingKey, Store
+from .target import Progress, Target
+
+log = logging.getLogger(__name__)
+
+_LOOKS = 12
+"""How often one pull asks which checkpoint is the newest before it gives up."""
+_TRIES = 2
+"""How often a checkpoint is tried whose bytes are wrong or missing: one bad transfer is likely, the same twice is
+not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A verified checkpoint in place. `path` is versions/<id>, which never changes; `fell_back`: the newest was bad."""
+
+    path: Path
+    manifest: Manifest
+    fell_back: bool
+
+
+def latest(url: str, storage_options: Mapping[str, Any] | None = None) -> Manifest:
+    """The newest published checkpoint. Raises MissingKey where nothing is published, CorruptError, StoreError."""
+    store = Store(url, storage_options)
+    gone: set[str] = set()
+    while True:
+        ident, sha256 = _newest(store, gone)
+        try:
+            return _offer(store, ident, sha256)[0]
+        except MissingKey:
+            gone.add(ident)
+
+
+def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None) -> list[Manifest]:
+    """All published checkpoints, newest first; those whose manifest cannot be read are logged and left out."""
+    store = Store(url, storage_options)
+    found = []
+    for ident in _ids(store):
+        try:
+            found.append(_offer(store, ident, None)[0])
+        except (MissingKey, CorruptError) as error:
+            log.warning("%s", error)
+    return found
+
+
+def pull(
+    url: str,
+    to: str | Path,
+    *,
+    checkpoint: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    max_bytes: int = 4 << 40,
+) -> Pulled:
+    """Bring a checkpoint into the folder `to` and point `to`/current at it.
+
+    `checkpoint`: an id, or "best" for the best held-out loss; None for the newest. `progress(done, total)` in bytes.
+    `max_bytes`: refuse what is larger. Already there and whole: nothing is downloaded. Raises MissingKey where
+    nothing is published, CorruptError where no good checkpoint is to be had, Refused where `to` holds a newer one of
+    another run, NewerFormat, ConfigError on a bad id, AnytimedError on a local failure such as a full disk,
+    StoreError.
+    """
+    store, target = Store(url, storage_options), Target(Path(to))
+    bad: dict[str, str] = {}
+    gone: set[str] = set()
+    tried: dict[str, int] = {}
+    for _ in range(_LOOKS):
+        try:
+            ident, sha256 = _newest(store, gone | set(bad)) if checkpoint is None else _asked(store, checkpoint)
+        except MissingKey:
+            if not bad:
+                raise
+            break
+        try:
+            manifest, data = _offer(store, ident, sha256)
+        except (MissingKey, CorruptError) as error:
+            if _again(tried, ident, error):
+                continue
+            if checkpoint is not None:
+                raise
+            if isinstance(error, MissingKey):
+                gone.add(ident)  # latest.json names what is no longer there: no fault of a checkpoint
+            else:
+                bad[ident] = str(error)
+            continue
+        if manifest.total_bytes > max_bytes:
+            raise CorruptError(f"{store.url}: {ident} has {manifest.total_bytes} bytes, allowed are {max_bytes}")
+        fell_back = any(CheckpointId.parse(worse).order > manifest.order for worse in bad)
+        standing = target.current() if checkpoint is None else None
+        if standing is not None and _keeps(target, standing, manifest, store.url, fell_back):
+            return Pulled(target.version(standing), standing, fell_back)
+        try:
+            path = target.take(store, manifest, data, asked=checkpoint is not None, progress=progress)
+        except (MissingKey, CorruptError) as error:
+            if _again(tried, ident, error):
+                continue
+            if checkpoint is not None:
+                raise
+            bad[ident] = str(error)
+            continue
+        if fell_back:
+            log.warning("%s: %s: bad; took the older %s", store.url, ", ".join(bad), ident)
+        return Pulled(path, manifest, fell_back)
+    standing = target.current() if checkpoint is None else None
+    if bad and standing is not None and target.whole(standing):
+        log.warning("%s: %s: bad; kept %s", store.url, ", ".join(bad), standing.id)
+        return Pulled(target.version(standing), standing, True)
+    told = "; ".join(bad.values()) or f"asked {_LOOKS} times, each time it was gone"
+    raise CorruptError(f"{store.url}: no good checkpoint to be had: {told}. {target.path} was not changed")
+
+
+def _again(tried: dict[str, int], ident: str, error: Exception) -> bool:
+    """Count a failed try; whether to look and try once more."""
+    tried[ident] = tried.get(ident, 0) + 1
+    log.warning("%s: %s", ident, error)
+    return tried[ident] < _TRIES
+
+
+def _keeps(target: Target, standing: Manifest, offered: Manifest, url: str, fell_back: bool) -> bool:
+    """Whether what is in place stays, because the offer is older. Raises Refused on another run's, CorruptError."""
+    if standing.run_id != offered.run_id and offered.order <= standing.order and not fell_back:
+        raise Refused(
+            f"{target.path}: holds {standing.id} of run {standing.run_id}; at {url} the newest is {offered.id} of run "
+            f"{offered.run_id}, not newer: pull into another folder, or name the checkpoint to go back to"
+        )
+    if offered.order >= standing.order:
+        return False
+    if not target.whole(standing):
+        raise CorruptError(
+            f"{target.version(standing)}: damaged, and {url} has only older ones; name the checkpoint to go back to"
+        )
+    log.warning("%s: %s is newer than %s at %s and stays", target.path, standing.id, offered.id, url)
+    return True
+
+
+# --- which one --------------------------------------------------------------------------------------------------------
+
+
+def _newest(store: Store, passed_over: AbstractSet[str]) -> tuple[str, str | None]:
+    """The id that latest.json names, with its manifest's digest, else the highest that has a manifest."""
+    pointer = _pointed(store, "latest.json")
+    if pointer is not None and pointer.id not in passed_over:
+        return pointer.id, pointer.manifest_sha256
+    for ident in _ids(store):
+        if ident not in passed_over:
+            return ident, None
+    raise MissingKey(f"{store.url}: no checkpoint is published here")
+
+
+def _asked(store: Store, checkpoint: str) -> tuple[str, str | None]:
+    if checkpoint != "best":
+        try:
+            return str(CheckpointId.parse(checkpoint)), None
+        except ValueError as error:
+            raise ConfigError(f"checkpoint: {error}, or 'best'") from error
+    pointer = _pointed(store, "best.json")
+    if pointer is None:
+        raise MissingKey(f"{store.url}: no best.json; no checkpoint was evaluated yet")
+    return pointer.id, pointer.manifest_sha256
+
+
+def _offer(store: Store, ident: str, sha256: str | None) -> tuple[Manifest, bytes]:
+    """A published manifest and its bytes. Raises MissingKey, CorruptError, NewerFormat."""
+    key = f"{CHECKPOINTS}/{ident}/{MANIFEST_NAME}"
+    where = f"{store.url}/{key}"
+    data = store.read(key, MANIFEST_BYTES)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptError(f"{where}: not the bytes with SHA-256 {sha256} that the pointer names")
+    manifest = Manifest.from_bytes(data, where)
+    if manifest.id != ident:
+        raise CorruptError(f"{where}: says that it is {manifest.id}")
+    return manifest, data
+
+
+def _ids(store: Store) -> list[str]:
+    """Ids with a manifest, newest first."""
+    found = []
+    for key in store.list(CHECKPOINTS):
+        parts = key.split("/")
+        if len(parts) == 3 and parts[2] == MANIFEST_NAME:
+            with contextlib.suppress(ValueError):
+                found.append(CheckpointId.parse(parts[1]))
+    return [str(ident) for ident in sorted(found, key=lambda ident: ident.order, reverse=True)]
+
+
+def _pointed(store: Store, name: str) -> Pointer | None:
+    """latest.json or best.json; None where it is missing or garbled."""
+    try:
+        return Pointer.from_bytes(store.read(name, POINTER_BYTES), f"{store.url}/{name}")
+    except MissingKey:
+        return None
+    except CorruptError as error:
+        log.warning("%s; looking at the manifests instead", error)
+        return None

@@ -1,0 +1,172 @@
+"""The spool: exports built on the local disk, waiting for the store.
+
+`build` refuses what is not finite, then writes the checkpoint's files, digested from memory, and its manifest into a
+folder of spool/, whole or not at all. `pending` finds them again after a restart.
+
+All of it runs beside training: bytes are hashed once, while they are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from anytimed.contracts import AnytimedError, CorruptError
+
+from . import tensors
+from .checkpoint_files import ExportContent, model_card, write_weights
+from .durable import digest_of, fsync_folder, write_new
+from .manifest import MANIFEST_NAME, CheckpointId, FileEntry, Manifest, base_name
+from .run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+class ExportRefused(AnytimedError):
+    """The weights are not fit to be served; nothing was written, the previous checkpoint stays the latest."""
+
+
+class ExportFailed(AnytimedError):
+    """This export was not built; nothing of it is left, and training may go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolItem:
+    """A complete export on the local disk. `data`: the manifest's bytes."""
+
+    path: Path
+    manifest: Manifest
+    data: bytes = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+
+class Spool:
+    """Exports that wait for the store, in the run's spool/; they survive a restart."""
+
+    def __init__(
+        self, run: RunDirectory, *, max_shard_bytes: int = 5 << 30, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._run = run
+        self._max_shard_bytes = max_shard_bytes
+        self._clock = clock
+        self._seq = 0
+        self._trusted: set[str] = set()
+
+    def build(self, content: ExportContent) -> SpoolItem:
+        """Write an export into the spool. Raises ExportRefused (not finite), ExportFailed (disk); nothing is left
+        then."""
+        for name, tensor in content.tensors.items():
+            at = tensors.non_finite(tensor)
+            if at is not None:
+                raise ExportRefused(
+                    f"step {content.step}: x is not finite: {name} {tensor.dtype} {tensor.shape}, "
+                    f"first at flat index {at}; "
+                    "not exported, the previous checkpoint stays the latest"
+                )
+        self._seq += 1
+        ident = str(CheckpointId(self._run.term, self._seq, content.step))
+        attempt = self._run.spool / f".tmp-{ident}-{secrets.token_hex(4)}"
+        final = self._run.spool / ident
+        try:
+            attempt.mkdir(0o700)
+            item = self._fill(attempt, final, content)
+            attempt.rename(final)
+            fsync_folder(self._run.spool)
+        except OSError as error:
+            shutil.rmtree(attempt, ignore_errors=True)
+            raise ExportFailed(
+                f"{final}: export not built: {error.strerror or error}; the next one may succeed"
+            ) from error
+        except BaseException:
+            shutil.rmtree(attempt, ignore_errors=True)
+            raise
+        self._trusted.add(item.id)
+        return item
+
+    def pending(self) -> list[SpoolItem]:
+        """Complete exports, oldest first. What an earlier process built is checked once; a damaged one is dropped."""
+        found = []
+        for path in self._run.spool.iterdir():
+            if path.name.startswith("."):
+                continue
+            try:
+                item = self._read(path)
+            except (OSError, CorruptError) as error:
+                log.error("%s: a spooled export is damaged and is dropped: %s", path, error)
+                self._remove(path)
+                continue
+            found.append(item)
+        return sorted(found, key=lambda item: item.manifest.order)
+
+    def discard(self, item: SpoolItem) -> None:
+        """Forget an export: published, or no longer wanted."""
+        self._remove(item.path)
+
+    # --- within ---
+
+    def _fill(self, folder: Path, final: Path, content: ExportContent) -> SpoolItem:
+        evaluation, flags = content.evaluation, list(content.flags)
+        if evaluation and not all(map(math.isfinite, (evaluation.loss_x, evaluation.loss_y, evaluation.loss_z))):
+            evaluation = None
+            flags.append("evaluation not finite")
+        try:
+            files = write_weights(folder, content.tensors, self._max_shard_bytes)
+            card = model_card(content, evaluation, final.name)
+            small = {"config.json": json.dumps(content.config, indent=2).encode() + b"\n", "README.md": card.encode()}
+            for name, data in {**content.files, **small}.items():
+                size, sha256 = write_new(folder / base_name(name), data)
+                files.append(FileEntry(name=name, size=size, sha256=sha256))
+            now_s = self._clock()
+            manifest = Manifest(
+                id=final.name,
+                run_id=self._run.run_id,
+                term=self._run.term,
+                seq=self._seq,
+                step=content.step,
+                tokens=content.tokens,
+                created=datetime.fromtimestamp(now_s, UTC).isoformat(timespec="seconds"),
+                created_s=now_s,
+                files=files,
+                optimizer=content.optimizer,
+                evaluation=evaluation,
+                config_digest=content.config_digest,
+                parent=content.parent,
+                interventions=list(content.interventions),
+                lineage=content.lineage,
+                flags=flags,
+            )
+            data = manifest.to_bytes()
+        except ValueError as error:
+            raise ExportRefused(f"step {content.step}: the export cannot be described: {error}") from error
+        write_new(folder / MANIFEST_NAME, data)
+        fsync_folder(folder)
+        return SpoolItem(final, manifest, data)
+
+    def _read(self, path: Path) -> SpoolItem:
+        data = (path / MANIFEST_NAME).read_bytes()
+        manifest = Manifest.from_bytes(data, str(path / MANIFEST_NAME))
+        if manifest.id != path.name:
+            raise CorruptError(f"{path}: the manifest says {manifest.id}")
+        for entry in manifest.files if manifest.id not in self._trusted else []:
+            if digest_of(path / entry.name) != (entry.size, entry.sha256):
+                raise CorruptError(f"{path / entry.name}: not the {entry.size} bytes with SHA-256 {entry.sha256}")
+        self._trusted.add(manifest.id)
+        return SpoolItem(path, manifest, data)
+
+    def _remove(self, path: Path) -> None:
+        gone = path.with_name(f".del-{path.name}-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)  # what stays is swept at the next start

@@ -1,0 +1,315 @@
+"""Objects at a URL, or in a local folder: whole or not there at all.
+
+A local path or file:// URL is written with the means of `durable` (create-only by a hard link, so that two writers
+cannot both win). Any other goes through fsspec, where one put is one whole object, create-only is asked of the store
+and checked by reading back, and calls have a deadline of ours.
+
+Errors name URL and key and never carry a password, a key or a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.local import LocalFileSystem
+
+from anytimed.contracts import AnytimedError, ConfigError, CorruptError
+
+from .durable import CHUNK_BYTES, beside, fsync_folder, make_folders, write_durably, write_new
+
+__all__ = ["MissingKey", "Store", "StoreError", "check_key", "fsync_folder", "write_durably"]
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+_HARMLESS_OPTIONS = frozenset({"endpoint_url", "region_name", "project", "protocol", "host", "port"})
+_DOWNLOAD_BYTES = 16 << 20
+"""Asked of a remote store in one request: the cost of a request is small beside it, so is the memory."""
+_SLOWEST_BYTES_PER_S = 1 << 20
+"""A transfer may take as much longer than the deadline as its bytes take at this rate."""
+
+
+class StoreError(AnytimedError):
+    """A store did not do what was asked; names URL, key and cause."""
+
+
+class MissingKey(StoreError):
+    """There is nothing under that key."""
+
+
+def check_key(key: str) -> str:
+    """`key`, if it is a relative posix name of plain parts; ValueError otherwise (`..`, absolute, backslash, NUL,
+    hidden)."""
+    if len(key) > 900 or not all(_SEGMENT.fullmatch(part) for part in key.split("/")):
+        raise ValueError(f"{key[:80]!r} is no key; expected plain names of letters, digits and _ . + - joined by /")
+    return key
+
+
+class Store:
+    """A prefix at an fsspec URL, or a local folder. Keys are relative; objects appear whole or not at all.
+
+    `deadline_s` holds for one call to a remote store that fsspec drives asynchronously (S3, GCS, Azure, HTTP): the
+    call is cancelled, so that a late answer cannot overwrite what came after it. Nothing is cached, neither listings
+    nor instances.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None, *, deadline_s: float = 60.0) -> None:
+        """Makes no request. Raises ConfigError on an unknown or chained URL, or where its package is not installed."""
+        options = dict(storage_options or {})
+        self._secrets = _secrets_of(url, options)
+        self._deadline_s = deadline_s
+        self.url = self._told(url)
+        if "::" in url:
+            raise ConfigError(f"{self.url}: chained URLs are not supported, a cache between would serve what is gone")
+        try:
+            self._fs, root = fsspec.url_to_fs(
+                url, **{**options, "use_listings_cache": False, "skip_instance_cache": True}
+            )
+        except (ValueError, ImportError, TypeError) as error:
+            raise ConfigError(
+                f"{self.url}: {self._told(str(error))}; expected a folder or an fsspec URL "
+                "(for s3:// pip install 'anytimed[s3]', for gs:// pip install 'anytimed[gcs]')"
+            ) from None
+        self._root = str(root).rstrip("/")
+        self._local = Path(self._root or "/") if isinstance(self._fs, LocalFileSystem) else None
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def put_file(self, local: Path, key: str) -> None:
+        """Store a finished, fsynced file as it is; whatever stood under the key is replaced as a whole.
+
+        In a local store on the same file system this is a second name for the same bytes, nothing is copied.
+        """
+        with self._names(key):
+            if self._local is not None:
+                self._put_local(local, self._path(key))
+                return
+            size = local.stat().st_size
+            self._call("put_file", str(local), self._at(key), transfer_bytes=size)
+            stored = self._call("info", self._at(key)).get("size")
+        if stored not in (None, size):
+            raise StoreError(f"{self.url}/{key}: the store holds {stored} bytes after {size} were uploaded")
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store an object only if there is none; False if there was one, whoever wrote it.
+
+        On False read it back: identical bytes are a success whose answer was lost. What a remote store answers is
+        checked by reading back here too: one that ignores the condition may have let another writer win.
+        """
+        if self._local is not None:
+            return self._create_local(self._path(key), key, data)
+        refusal: StoreError | None = None
+        try:
+            with self._names(key):
+                self._call("pipe_file", self._at(key), data, mode="create", transfer_bytes=len(data))
+        except _Exists:
+            return False
+        except StoreError as error:
+            # A refusal has many spellings (412, 409), and a lost answer looks like a failure: what stands there
+            # decides.
+            refusal = error
+        try:
+            return self.read(key, len(data)) == data
+        except CorruptError:
+            return False
+        except MissingKey as missing:
+            raise refusal or missing from None
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Create or replace an object as a whole."""
+        with self._names(key):
+            if self._local is None:
+                self._call("pipe_file", self._at(key), data, transfer_bytes=len(data))
+            else:
+                path = self._path(key)
+                make_folders(path.parent)
+                write_durably(path, data)
+
+    def read(self, key: str, max_bytes: int) -> bytes:
+        """An object's content. Raises MissingKey, CorruptError where it is longer than `max_bytes`, StoreError."""
+        with self._names(key):
+            if self._local is None:
+                size = self._call("info", self._at(key)).get("size") or 0
+                data = b"" if size > max_bytes else self._call("cat_file", self._at(key), transfer_bytes=size)
+            else:
+                with self._path(key).open("rb") as file:
+                    size, data = os.fstat(file.fileno()).st_size, file.read(max_bytes + 1)
+        if max(size, len(data)) > max_bytes:
+            raise CorruptError(f"{self.url}/{key}: {max(size, len(data))} bytes, expected {max_bytes} at most")
+        return bytes(data)
+
+    def download(self, key: str, size: int) -> Iterator[bytes]:
+        """The first `size` bytes of an object in chunks; fewer where the object is shorter. Raises as `read`."""
+        if self._local is not None:
+            with self._names(key), self._path(key).open("rb") as file:
+                while size > 0 and (chunk := file.read(min(CHUNK_BYTES, size))):
+                    size -= len(chunk)
+                    yield chunk
+            return
+        at = 0
+        while at < size:
+            end = min(at + _DOWNLOAD_BYTES, size)
+            with self._names(key):
+                chunk = self._call("cat_file", self._at(key), start=at, end=end, transfer_bytes=end - at)
+            if at == 0 and len(chunk) > end:  # a web server that knows no ranges answers with everything
+                yield chunk[:size]
+                return
+            yield chunk
+            at += len(chunk)
+            if len(chunk) < end - at + len(chunk):
+                return
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Keys of all objects under a prefix that ends at a part's end, sorted; names that are no keys are left out."""
+        top = f"{self._root}/{check_key(prefix)}" if prefix else self._root
+        try:
+            with self._names(prefix):
+                found = self._walk(Path(top)) if self._local is not None else self._call("find", top or "/")
+        except MissingKey:
+            return []
+        keys = (path[len(self._root) :].lstrip("/") for path in found)
+        return sorted(key for key in keys if all(_SEGMENT.fullmatch(part) for part in key.split("/")))
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object. Raises StoreError where the store does not say (fsspec's own would answer
+        False)."""
+        try:
+            with self._names(key):
+                if self._local is not None:
+                    self._path(key).stat()
+                else:
+                    self._call("info", self._at(key))
+        except MissingKey:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        """Remove an object, and in a local store the folders that this leaves empty; nothing there is no error."""
+        with contextlib.suppress(MissingKey), self._names(key):
+            if self._local is None:
+                self._call("rm_file", self._at(key))
+                return
+            path = self._path(key)
+            path.unlink()
+            fsync_folder(path.parent)
+            with contextlib.suppress(OSError):  # not empty
+                for parent in path.relative_to(self._local).parents[:-1]:
+                    (self._local / parent).rmdir()
+
+    def sweep(self, older_than_s: float, now_s: float) -> None:
+        """Remove temporary files that killed writers left in a local store; remote stores have none."""
+        if self._local is None:
+            return
+        with self._names(""):
+            for path in self._local.rglob(".tmp-*"):
+                if path.is_file() and now_s - path.stat().st_ctime > older_than_s:
+                    path.unlink()
+
+    # --- within ---
+
+    def _path(self, key: str) -> Path:
+        assert self._local is not None
+        return self._local / check_key(key)
+
+    def _at(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}"
+
+    def _create_local(self, path: Path, key: str, data: bytes) -> bool:
+        with self._names(key):
+            make_folders(path.parent)
+            with beside(path) as temporary:
+                write_new(temporary, data)
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            fsync_folder(path.parent)
+        return True
+
+    def _put_local(self, local: Path, path: Path) -> None:
+        make_folders(path.parent)
+        with beside(path) as temporary:
+            try:
+                os.link(local, temporary)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(local, temporary)
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            temporary.rename(path)
+        fsync_folder(path.parent)
+
+    @staticmethod
+    def _walk(top: Path) -> Iterator[str]:
+        for folder, _, files in os.walk(top):
+            yield from (f"{folder}/{name}" for name in files)
+
+    def _call(self, name: str, *arguments: Any, transfer_bytes: int = 0, **options: Any) -> Any:
+        try:
+            if isinstance(self._fs, AsyncFileSystem):
+                deadline_s = self._deadline_s + transfer_bytes / _SLOWEST_BYTES_PER_S
+                return sync(self._fs.loop, getattr(self._fs, f"_{name}"), *arguments, timeout=deadline_s, **options)
+            return getattr(self._fs, name)(*arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - every backend has a family of its own (botocore, aiohttp, google)
+            raise OSError(f"{type(error).__name__}: {error}") from None
+
+    @contextlib.contextmanager
+    def _names(self, key: str) -> Iterator[None]:
+        """Whatever the store raises becomes one of ours, with URL and key, without credentials and without its
+        chain."""
+        where = f"{self.url}/{key}" if key else self.url
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingKey(f"{where}: not there") from None
+        except FileExistsError:
+            raise _Exists(f"{where}: there is one already") from None
+        except TimeoutError:
+            raise StoreError(f"{where}: no answer within the deadline of {self._deadline_s:g} s") from None
+        except OSError as error:
+            raise StoreError(f"{where}: {self._told(str(error)) or type(error).__name__}") from None
+
+    def _told(self, text: str) -> str:
+        """`text` without what must not be read by others."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        text = re.sub(r"://[^/@\s]+@", "://***@", text)
+        return re.sub(r"(://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", text)
+
+
+class _Exists(StoreError):
+    """A create was refused because there is an object."""
+
+
+def _secrets_of(url: str, options: Mapping[str, Any]) -> list[str]:
+    """Every text that may be a credential: passwords in the URL, and all options but those known to be harmless."""
+    found = set()
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+        found |= {user, unquote(user), password, unquote(password)} if password else {user, unquote(user)}
+
+    def leaves(value: object) -> None:
+        if isinstance(value, str):
+            found.add(value)
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                if name not in _HARMLESS_OPTIONS:
+                    leaves(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                leaves(inner)
+
+    leaves(options)
+    # Very short texts are no secrets, and replacing them would garble every message. Longest first: one may hold
+    # another.
+    return sorted((text for text in found if len(text) >= 4), key=len, reverse=True)

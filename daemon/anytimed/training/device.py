@@ -1,0 +1,134 @@
+"""The one seam for device work: everything that differs between a CPU and CUDA goes through `Device`.
+
+In order: choosing the device; taking a batch there without blocking; autocast; copying tensors out on a side stream
+while the next step runs; the generators' states; memory and settings that make a resume exact. """
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anytimed.contracts import ConfigError, HostTensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def host_view(tensor: Tensor) -> HostTensor:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    if not tensor.numel():
+        return HostTensor(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), memoryview(b""))
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return HostTensor(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+
+class Device:
+    """A CPU or one CUDA device."""
+
+    def __init__(self, name: str = "auto", *, threads: int = 0, precision: str = "float32", deterministic: bool = True):
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(
+                f'[run] device: found "{name}", but torch {torch.__version__} sees no CUDA device; '
+                'use device = "auto", or install a CUDA build of torch and its driver'
+            )
+        self.torch_device = torch.device(name)
+        self.is_cuda = self.torch_device.type == "cuda"
+        self.precision = precision if self.is_cuda else "float32"
+        self._copies = torch.cuda.Stream(self.torch_device) if self.is_cuda else None  # type: ignore[no-untyped-call]
+        if self.is_cuda:
+            torch.cuda.set_device(self.torch_device)
+        if threads:
+            torch.set_num_threads(threads)
+        if deterministic:
+            # Read by cuBLAS at its first use, so it has to stand before any product runs.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __str__(self) -> str:
+        if self.is_cuda:
+            return f"{torch.cuda.get_device_name(self.torch_device)} ({self.precision})"
+        return f"CPU, {torch.get_num_threads()} threads ({self.precision})"
+
+    def put(self, tokens: NDArray[np.int32]) -> Tensor:
+        """Token ids on the device as int64, same shape; pinned and asynchronous on CUDA."""
+        host = torch.from_numpy(tokens)
+        if self.is_cuda:
+            return host.pin_memory().to(self.torch_device, non_blocking=True).long()
+        return host.long()
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.is_cuda and self.precision == "bfloat16":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def copy_out(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[dict[str, HostTensor], Callable[[], None]]:
+        """Copies in host memory of what the tensors hold at this point of the device's work (floating ones cast to
+        `dtype` where given), and a function that waits until they have arrived. The caller may change the tensors at
+        once."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            return tensor.detach().to(wanted, memory_format=torch.contiguous_format, copy=True)
+
+        copies = {name: cast(tensor) for name, tensor in tensors.items()}
+        if self._copies is None:
+            return {name: host_view(copy) for name, copy in copies.items()}, lambda: None
+        self._copies.wait_stream(torch.cuda.current_stream())
+        hosts: dict[str, Tensor] = {}
+        with torch.cuda.stream(self._copies):
+            for name, copy in copies.items():
+                if copy.is_cuda:
+                    hosts[name] = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=True)
+                    hosts[name].copy_(copy, non_blocking=True)
+                    copy.record_stream(self._copies)
+                else:
+                    hosts[name] = copy
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(self._copies)
+        return {name: host_view(host) for name, host in hosts.items()}, arrived.synchronize
+
+    def read(self, scalars: Iterable[Tensor]) -> list[float]:
+        """The values of 0-d tensors: one synchronisation for all of them."""
+        listed = list(scalars)
+        values: list[float] = torch.stack([s.detach().double().reshape(()) for s in listed]).tolist() if listed else []
+        return values
+
+    def generators(self) -> dict[str, Tensor]:
+        """States of torch's generators by name, uint8."""
+        states = {"rng.cpu": torch.get_rng_state()}
+        if self.is_cuda:
+            states["rng.cuda"] = torch.cuda.get_rng_state(self.torch_device)
+        return states
+
+    def restore_generators(self, states: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(states["rng.cpu"])
+        if self.is_cuda and "rng.cuda" in states:
+            torch.cuda.set_rng_state(states["rng.cuda"], self.torch_device)
+
+    def facts(self) -> dict[str, str | int]:
+        """What has to be the same for a resume to be bit for bit; stored in the commit, compared by name at the
+        start."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(self.torch_device) if self.is_cuda else "cpu",
+            "precision": self.precision,
+        }

@@ -1,0 +1,156 @@
+"""Model and optimizer as one thing that takes steps.
+
+In order: a batch goes to the device; its gradient is taken at y, over micro-batches; it is clipped once; whether loss
+and gradient are finite becomes a gate on the device, which the optimizer obeys without anybody waiting for it; what
+the step did is kept as device scalars until `reports` reads them all at once. `snapshot` and `export` copy state out,
+`restore` puts it back. Parameters hold y at all times; x and z are the optimizer's own tensors. """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from anytimed.contracts import Batch, CorruptError, Evaluation, Holdout, HostTensor, Json, Model, Snapshot, StepReport
+from anytimed.optim import ScheduleFree
+from anytimed.training.device import Device
+from anytimed.training.evaluate import Evaluator
+
+EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Learner:
+    """Takes steps and gives out copies. One thread uses it."""
+
+    def __init__(
+        self,
+        model: Model,
+        module: nn.Module,
+        optimizer: ScheduleFree,
+        device: Device,
+        *,
+        sequence_length: int,
+        micro_batch_size: int | None = None,
+        clip_grad_norm: float | None = None,
+        evaluation_batch_size: int = 16,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.module, self.optimizer, self.device = model, module, optimizer, device
+        self.step_count = 0
+        self.tokens = 0
+        self.skipped = 0
+        self._forward = torch.compile(module) if compile else module
+        self._micro, self._clip = micro_batch_size, clip_grad_norm
+        self._named = dict(module.named_parameters())
+        self._unread: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._evaluator = Evaluator(
+            model, module, device, sequence_length=sequence_length, batch_size=evaluation_batch_size
+        )
+
+    # --- steps
+
+    def step(self, batch: Batch) -> None:
+        """One step on tokens (batch, length + 1). A loss or gradient that is not finite leaves weights, moments,
+        averages and the optimizer's counters untouched; the batch counts as taken all the same. Does not wait for the
+        device."""
+        tokens = self.device.put(batch.tokens)
+        targets = tokens[:, 1:].numel()
+        loss = torch.zeros((), device=self.device.torch_device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in torch.split(tokens, self._micro or len(tokens)):
+            with self.device.autocast():
+                mean = self.model.loss(self._forward, part) / targets
+            mean.backward()  # type: ignore[no-untyped-call]
+            loss = loss + mean.detach()
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._clip is not None:
+            nn.utils.clip_grads_with_norm_(self._named.values(), self._clip, norm)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        self.optimizer.step(gate=finite)
+        self.step_count += 1
+        self.tokens += targets
+        self._unread.append((self.step_count, loss, norm.detach(), finite))
+
+    def reports(self) -> list[StepReport]:
+        """What the steps since the last call did; waits for the device once."""
+        unread, self._unread = self._unread, []
+        values = self.device.read([scalar for _, *scalars in unread for scalar in scalars])
+        found = [
+            StepReport(step, values[3 * i], values[3 * i + 1], not values[3 * i + 2])
+            for i, (step, *_) in enumerate(unread)
+        ]
+        self.skipped += sum(report.skipped for report in found)
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """The optimizer's own figures (c, beta, eta, norms); waits for the device once."""
+        named = self.optimizer.metrics()
+        return dict(zip(named, self.device.read(named.values()), strict=True))
+
+    def evaluate(self, holdout: Holdout) -> Evaluation | None:
+        """Losses of x, y and z on the hold-out; None while nothing is held out."""
+        y = {name: p.detach() for name, p in self._named.items()}
+        return self._evaluator.evaluate(self.step_count, holdout, self._at("x"), y, self._at("z"))
+
+    # --- copies
+
+    def _at(self, which: str) -> dict[str, Tensor]:
+        return {name: self.optimizer.state[p][which] for name, p in self._named.items()}
+
+    def export(self, dtype: str = "float32") -> Snapshot:
+        """x by parameter name, cast to `dtype`, in host memory once waited for."""
+        tensors, wait = self.device.copy_out(self._at("x"), EXPORT_DTYPES[dtype])
+        return Snapshot(self.step_count, tensors, {}, wait)
+
+    def snapshot(self, extra: Mapping[str, HostTensor], state: Json) -> Snapshot:
+        """Everything a resume needs, as `<what>.<parameter>`, with what the caller adds to it. Reads the clock, so it
+        waits for the device; `reports` has to be empty, or a skip would be counted on neither side of the commit."""
+        assert not self._unread, "read the reports before a commit"
+        named = {f"{key}.{name}": t for name, p in self._named.items() for key, t in self.optimizer.state[p].items()}
+        tensors, wait = self.device.copy_out({**named, **self.device.generators()})
+        own = {
+            "step": self.step_count,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "clocks": self.optimizer.clock_state(),
+            "facts": self.device.facts(),
+        }
+        return Snapshot(self.step_count, {**tensors, **extra}, {**state, "learner": own}, wait)
+
+    def restore(self, files: list[Path], state: Json) -> dict[str, Tensor]:
+        """The inverse of `snapshot`: loads the tensors and rebuilds y. Returns the tensors that are not the learner's.
+        Raises CorruptError where names, shapes or types differ from this model's and this optimizer's."""
+        stored: dict[str, Tensor] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as reader:
+                stored.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118 (not a dict)
+        for name, parameter in self._named.items():
+            for key, tensor in self.optimizer.state[parameter].items():
+                found = stored.pop(f"{key}.{name}", None)
+                if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                    shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                    raise CorruptError(
+                        f"commit: {key}.{name} is {shown}, expected {tensor.dtype} {tuple(tensor.shape)}; "
+                        "the model or the optimizer differs from the one that wrote it"
+                    )
+                tensor.copy_(found)
+        own = state["learner"]
+        self.optimizer.load_clock_state(own["clocks"])
+        self.optimizer.restore_y()
+        self.device.restore_generators({name: stored.pop(name) for name in list(stored) if name.startswith("rng.")})
+        self.step_count, self.tokens, self.skipped = own["step"], own["tokens"], own["skipped"]
+        return stored
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin at given weights: x, y and z are all of them. Only before the first step."""
+        assert self.step_count == 0, "weights are given before the first step"
+        for name, parameter in self._named.items():
+            given = weights[name]
+            with torch.no_grad():
+                parameter.copy_(given)
+            for which in ("x", "z"):
+                self.optimizer.state[parameter][which].copy_(given)

@@ -1,0 +1,92 @@
+"""The built-in optimizers as recipes: a table of the configuration in, an optimizer over a module's parameters out.
+
+The defaults are the papers' values, and the same for every horizon. `warmup_steps` is the only length anywhere, and it
+is that of the beginning. """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from anytimed.contracts import ConfigError, Role
+from anytimed.optim import AMUSE, ScheduleFree, SFAdamW, SFNorMuon, param_groups
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    warmup_steps: int = Field(default=2000, ge=0, description="the learning rate rises over these steps, then stays")
+    weight_decay: float = Field(default=0.05, ge=0, description="lambda, applied at the fast iterate z")
+    averaging_power: float = Field(default=0.0, ge=0, description="r: x weighs step t by t^r; 0 is the plain mean")
+    averaging_window_steps: int | None = Field(
+        default=None, gt=0, description="x forgets beyond about this many steps; default never"
+    )
+
+
+class _SpectralSettings(_Settings):
+    aux_lr: float | None = Field(
+        default=None, gt=0, description="learning rate of embeddings, head and norms (SF-AdamW); default lr / 2"
+    )
+    aux_beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment of embeddings, head and norms")
+
+
+class Recipe:
+    """What a recipe of the entry points `anytimed.optimizers` offers."""
+
+    Settings: ClassVar[type[BaseModel]]
+    optimizer: ClassVar[Callable[..., ScheduleFree]]
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def numbers(self) -> dict[str, float | int]:
+        """The optimizer's numbers for manifests."""
+        told: dict[str, float | int] = self.settings.model_dump(exclude_none=True)
+        return told
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]], roles: Mapping[str, Role]) -> ScheduleFree:
+        """The optimizer, every trainable parameter in exactly one group by its role. Raises ConfigError on one
+        without."""
+        try:
+            groups = param_groups(named_parameters, roles)
+        except ValueError as error:
+            raise ConfigError(f"[optimizer]: {error}") from error
+        return type(self).optimizer(groups, **self.numbers())
+
+
+class SFNorMuonRecipe(Recipe):
+    """SF-NorMuon (arXiv 2605.23061)."""
+
+    class Settings(_SpectralSettings):
+        lr: float = Field(default=0.01, gt=0, description="eta of the hidden matrices")
+        beta: float = Field(default=0.9, ge=0, lt=1, description="y = (1 - beta) z + beta x")
+        mu: float = Field(default=0.8, ge=0, lt=1, description="momentum of the gradient")
+        beta2: float = Field(default=0.95, ge=0, lt=1, description="second moment of the rows")
+
+    optimizer = SFNorMuon
+
+
+class AMUSERecipe(Recipe):
+    """AMUSE (arXiv 2605.22432)."""
+
+    class Settings(_SpectralSettings):
+        lr: float = Field(default=0.02, gt=0, description="eta of the hidden matrices")
+        beta1: float = Field(default=0.6, ge=0, lt=1, description="beta until the warm-up ends")
+        mu: float = Field(default=0.95, ge=0, lt=1, description="Nesterov momentum")
+        rho: float = Field(default=0.8, ge=0, le=1, description="how fast beta rises towards 1 after the warm-up")
+
+    optimizer = AMUSE
+
+
+class SFAdamWRecipe(Recipe):
+    """Schedule-Free AdamW (arXiv 2405.15682) for every parameter."""
+
+    class Settings(_Settings):
+        lr: float = Field(default=0.0025, gt=0, description="eta of every parameter")
+        beta: float = Field(default=0.9, ge=0, lt=1, description="y = (1 - beta) z + beta x")
+        beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment")
+
+    optimizer = SFAdamW

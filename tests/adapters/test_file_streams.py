@@ -1,0 +1,329 @@
+"""Text and JSON Lines: the contract of a stream, then what files can do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import fsspec
+import pytest
+from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, Stream, StreamUnavailable
+from anytimed.testing.streams import StreamContract, digests, texts
+from anytimed_adapters.streams.jsonl import JsonLines
+from anytimed_adapters.streams.text import TextFiles
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+
+def jsonl(folder: Path | str, **more: object) -> JsonLines:
+    return JsonLines(JsonLines.Settings.model_validate({"url": f"{folder}/**/*.jsonl", **more}), "lines")
+
+
+def text(folder: Path | str, **more: object) -> TextFiles:
+    return TextFiles(TextFiles.Settings.model_validate({"url": f"{folder}/**/*.txt", **more}), "texts")
+
+
+def lines(*documents: str) -> bytes:
+    return b"".join(json.dumps({"text": document}).encode() + b"\n" for document in documents)
+
+
+def read_all(stream: Stream) -> list[Record | Rejected | Finished]:
+    stream.adopt(stream.discover())
+    return [item for item, _ in stream.read(None)]
+
+
+def flip(file: Path, at: int = -10) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    before = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # a clock tick, whatever the clock's resolution
+
+
+class TestJsonLines(StreamContract):
+    def stream(self, folder: Path) -> Stream:
+        return jsonl(folder)
+
+    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
+        (folder / f"{name}.jsonl").write_bytes(lines(*texts))
+
+    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
+        with (folder / f"{name}.jsonl").open("ab") as file:
+            file.write(lines(*texts))
+
+    def rewrite(self, folder: Path, name: str) -> None:
+        flip(folder / f"{name}.jsonl", 12)
+
+
+class TestTextFiles(StreamContract):
+    def stream(self, folder: Path) -> Stream:
+        return text(folder)
+
+    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
+        for i, document in enumerate(texts):
+            (folder / f"{name}.{i}.txt").write_bytes(document.encode())
+
+    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
+        last = max(folder.glob(f"{name}.*.txt"))
+        with last.open("ab") as file:
+            file.write("".join(texts).encode())
+
+    def rewrite(self, folder: Path, name: str) -> None:
+        flip(folder / f"{name}.0.txt")
+
+
+class TestJsonLinesInMemoryStore(TestJsonLines):
+    """The same behind another filesystem, where a signature is not the one of local files."""
+
+    def _path(self, folder: Path, name: str) -> str:
+        return f"memory:/{folder}/{name}.jsonl"
+
+    def stream(self, folder: Path) -> Stream:
+        return jsonl(f"memory:/{folder}")
+
+    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
+        with fsspec.open(self._path(folder, name), "wb") as file:
+            file.write(lines(*texts))
+
+    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
+        path = self._path(folder, name)
+        with fsspec.open(path) as file:
+            content = file.read()
+        with fsspec.open(path, "wb") as file:
+            file.write(content + lines(*texts))
+
+    def rewrite(self, folder: Path, name: str) -> None:
+        path = self._path(folder, name)
+        with fsspec.open(path) as file:
+            content = bytearray(file.read())
+        content[12] ^= 1
+        with fsspec.open(path, "wb") as file:
+            file.write(bytes(content))
+
+
+# --- lines and the moments at which they are discovered --------------------------------------------------------------
+
+CONTENT = (
+    lines("one", "two 🙂")
+    + b'\n  \r\n{"text": "three"}\r\n{"text": ["not text"]}\n[1]\n{"text": ""}\n{"other": 1}\n{"text": "four {}}"}\n{"text":'
+    + b' "five"} {"text": "six"}\nnonsense }\n{"text": "\xff seven"}\n{"text": "\\ud800 eight"}\n{"text": "last"}'
+)
+
+
+BETWEEN = CONTENT.index(b' {"text": "six"}')
+
+
+@given(st.lists(st.integers(1, len(CONTENT) - 1), max_size=12))
+@example([BETWEEN])
+@example([BETWEEN + 1, BETWEEN + 4, BETWEEN + 9])
+@example(list(range(1, len(CONTENT))))
+@settings(max_examples=60, deadline=None)
+def test_each_line_comes_once_whatever_the_moments_of_discovery(
+    tmp_path_factory: pytest.TempPathFactory, moments: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("moments")
+    file = folder / "a.jsonl"
+    stream, found, place, taken = jsonl(folder), [], None, []
+    for stop in [*sorted(set(moments)), len(CONTENT)]:
+        file.write_bytes(CONTENT[:stop])
+        entries = stream.discover()
+        assert [(e["path"], e["stop"]) for e in entries] == [("a.jsonl", stop)]
+        stream.adopt(entries)
+        found += entries
+        for item, after in stream.read(place):
+            place = after
+            taken.append((item, after))
+    records = [item for item, _ in taken if isinstance(item, Record)]
+    wanted = ["one", "two 🙂", "three", "four {}}", "\ufffd seven", "\ufffd eight", "last"]
+    # two objects on one line are no line of JSON, unless the first was a whole line when it was discovered; what was then
+    # appended to it is a line of its own
+    apart = bool({BETWEEN, BETWEEN + 1} & set(moments))
+    if apart:
+        wanted[4:4] = ["five", "six"]
+    assert [record.text for record in records] == wanted
+    reasons = [item.reason for item, _ in taken if isinstance(item, Rejected)]
+    assert len(reasons) == (5 if apart else 6), reasons
+
+    # and from every place, with all that was adopted by then and later, the rest comes again
+    for i in range(0, len(taken), 1 + len(taken) // 30):
+        again = jsonl(folder)
+        again.adopt(found)
+        assert list(again.read(taken[i][1])) == taken[i + 1 :]
+
+
+def test_says_why_a_line_is_rejected_and_names_it_by_the_digest_of_its_bytes(tmp_path: Path) -> None:
+    deep = b"[" * 100_000
+    bad = [b"{", b"[1]", b'{"body": "x"}', b'{"text": 1}', b'{"text": ""}', b'{"text": "\xff"}', b'{"text": "\\udc00"}', deep]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*bad, b""]))
+    *items, finished = read_all(jsonl(tmp_path, encoding_errors="reject"))
+    assert isinstance(finished, Finished)
+    reasons = [item.reason for item in items if isinstance(item, Rejected)]
+    told = ["not JSON", "list, expected an object", "'body'", "int, expected", "empty", "not UTF-8", "not Unicode", "not JSON"]
+    assert len(reasons) == len(items) == len(told)
+    for reason, part in zip(reasons, told, strict=True):
+        assert part in reason
+    assert len({item.digest for item in items if isinstance(item, Rejected)}) == len(told)
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+def test_a_record_longer_than_allowed_is_rejected_whole(tmp_path: Path, excess: int) -> None:
+    big = "x" * (1000 + excess - len('{"text": ""}'))
+    (tmp_path / "a.jsonl").write_bytes(lines("before", big, "after"))
+    items = read_all(jsonl(tmp_path, max_record_bytes=1000))
+    kinds = [type(item) for item in items]
+    assert kinds == [Record, Rejected if excess else Record, Record, Finished]
+
+    (tmp_path / "a.txt").write_bytes(b"x" * (1000 + excess))
+    item, _ = read_all(text(tmp_path, max_record_bytes=1000))
+    assert isinstance(item, Rejected if excess else Record)
+
+
+def test_a_line_longer_than_allowed_is_rejected_once_over_many_spans(tmp_path: Path) -> None:
+    stream, place, items = jsonl(tmp_path, max_record_bytes=10), None, []
+    for size in range(1, 200, 7):
+        (tmp_path / "a.jsonl").write_bytes((b"x" * 100 + b"\n" + lines("a") * 5)[:size])
+        stream.adopt(stream.discover())
+        for item, after in stream.read(place):
+            items.append(item)
+            place = after
+    kinds = [type(item) for item in items if not isinstance(item, Finished)]
+    assert kinds == [Rejected] * 6, "the long line once, and five lines of 14 bytes"
+    assert len({item.digest for item in items if isinstance(item, Rejected)}) == 2
+
+
+def test_equal_text_has_equal_digest_in_either_format(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("same 🙂".encode())
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": 7, "text": "same \\ud83d\\ude42"}\n')
+    assert read_all(text(tmp_path))[0] == read_all(jsonl(tmp_path))[0]
+
+
+def test_a_byte_order_mark_belongs_to_no_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines("one", "two"))
+    assert [item.text for item in read_all(jsonl(tmp_path)) if isinstance(item, Record)] == ["one", "two"]
+
+
+# --- which files --------------------------------------------------------------------------------------------------------
+
+
+def test_lists_by_path_and_leaves_out_what_is_unfinished_hidden_excluded_or_empty(tmp_path: Path) -> None:
+    for name in ["b/z.txt", "b.txt", "a/1.txt", "a/.2.txt", ".git/3.txt", "x.txt.tmp", "x.part", "old/4.txt", "a/5.bak.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "c.txt").symlink_to(tmp_path / "b.txt")
+    stream = TextFiles(TextFiles.Settings(url=f"file://{tmp_path}/**", exclude=("old/*", "**/*.bak.txt")), "texts")
+    entries = stream.discover()
+    assert [entry["path"] for entry in entries] == ["a/1.txt", "b.txt", "b/z.txt", "c.txt"]
+    stat = (tmp_path / "a/1.txt").stat()
+    assert entries[0] == {"path": "a/1.txt", "start": 0, "stop": 7, "signature": f"7-{stat.st_mtime_ns}"}
+
+
+def test_a_url_without_wildcard_is_one_file(tmp_path: Path) -> None:
+    (tmp_path / "only.txt").write_text("text")
+    stream = TextFiles(TextFiles.Settings(url=str(tmp_path / "only.txt")), "texts")
+    assert [entry["path"] for entry in stream.discover()] == ["only.txt"]
+
+
+def test_a_name_that_cannot_be_journalled_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("text")
+    (tmp_path / "good.txt").write_text("text")
+    assert [entry["path"] for entry in text(tmp_path).discover()] == ["good.txt"]
+    assert "not UTF-8" in caplog.text
+
+
+def test_an_empty_span_gives_no_record_and_is_finished() -> None:
+    stream = text("/nowhere")
+    stream.adopt([{"path": "a.txt", "start": 0, "stop": 0, "signature": "0-0"}])
+    assert [type(item) for item, _ in stream.read(None)] == [Finished]
+
+
+@pytest.mark.parametrize(("url", "told"), [("nosuch://x/*.txt", "nosuch"), ("/data/**.txt", "entire path component")])
+def test_a_url_that_cannot_be_opened_is_a_configuration_error(url: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        TextFiles(TextFiles.Settings(url=url), "texts")
+
+
+# --- what happens to files after they were found --------------------------------------------------------------------------
+
+
+def prepared(tmp_path: Path) -> tuple[list[Json], dict[int, str]]:
+    (tmp_path / "a.jsonl").write_bytes(lines("one", "two"))
+    (tmp_path / "b.jsonl").write_bytes(lines("three"))
+    stream = jsonl(tmp_path)
+    entries = stream.discover()
+    stream.adopt(entries)
+    return entries, digests(list(stream.read(None)))
+
+
+def test_a_touched_file_and_a_vanished_one_are_fine_once_finished(tmp_path: Path) -> None:
+    entries, finished = prepared(tmp_path)
+    os.utime(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").unlink()
+    stream = jsonl(tmp_path)
+    stream.adopt(entries)
+    stream.verify(finished)
+    assert stream.discover() == []
+
+
+def test_a_file_deleted_after_its_last_byte_was_read_is_finished(tmp_path: Path) -> None:
+    entries, finished = prepared(tmp_path)
+    stream = jsonl(tmp_path)
+    stream.adopt(entries)
+    reading = [place for item, place in stream.read(None) if isinstance(item, Record)]
+    (tmp_path / "b.jsonl").unlink()
+    assert [item for item, _ in stream.read(reading[-1])] == [Finished(1, finished[1])]
+
+
+@pytest.mark.parametrize("how", ["rewritten", "shrunk", "rewritten and grown"])
+def test_a_running_stream_refuses_a_finished_file_that_changed(tmp_path: Path, how: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines("one", "two"))
+    stream = jsonl(tmp_path)
+    read_all(stream)
+    if how == "shrunk":
+        (tmp_path / "a.jsonl").write_bytes(lines("one"))
+    else:
+        flip(tmp_path / "a.jsonl")
+    if how == "rewritten and grown":
+        with (tmp_path / "a.jsonl").open("ab") as file:
+            file.write(lines("three"))
+    with pytest.raises(Refused, match=r"a\.jsonl changed .* expected .* found .*Restore the file") as refused:
+        stream.discover()
+    assert refused.value.exit_code == 3
+
+
+def test_a_file_that_shrank_before_it_was_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines("one", "two"))
+    stream = jsonl(tmp_path)
+    stream.adopt(stream.discover())
+    (tmp_path / "a.jsonl").write_bytes(lines("one"))
+    with pytest.raises(Refused, match="expected at least"):
+        list(stream.read(None))
+
+
+def test_waits_for_a_file_that_vanished_and_goes_on_at_the_same_record(tmp_path: Path) -> None:
+    entries, _ = prepared(tmp_path)
+    stream = jsonl(tmp_path)
+    stream.adopt(entries)
+    (tmp_path / "b.jsonl").rename(tmp_path / "away")
+    items = []
+    with pytest.raises(StreamUnavailable, match=r"b\.jsonl is not there"):
+        for item in stream.read(None):
+            items.append(item)
+    (tmp_path / "away").rename(tmp_path / "b.jsonl")
+    items += stream.read(items[-1][1])
+    assert texts(items) == ["one", "two", "three"]
+
+
+def test_a_folder_that_is_not_there_is_unavailable_and_not_empty(tmp_path: Path) -> None:
+    with pytest.raises(StreamUnavailable, match="missing"):
+        jsonl(tmp_path / "missing").discover()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_listed_is_unavailable(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o000)
+    with pytest.raises(StreamUnavailable, match="Permission"):
+        jsonl(tmp_path).discover()

@@ -1,0 +1,149 @@
+"""What the tests of the data room share: a journal in memory, a tokenizer of numbers, and a world of files that is read.
+
+Every document is a run of numbers that stand in no other document, and a token is its number. So what was trained on can be
+counted token by token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anytimed.contracts import Batch, Holdout, Json, Position, Rejected, Stream, Tokens
+from anytimed.data.pipeline import Dry, Pipeline
+from anytimed_adapters.streams.jsonl import JsonLines
+from anytimed_adapters.streams.text import TextFiles
+
+END = 0
+
+
+class MemoryJournal:
+    """A `Journal` that keeps what a file would give back. `crash` is called before an entry is durable."""
+
+    def __init__(self, entries: Sequence[Json] = ()) -> None:
+        self.told = [json.dumps({"scope": "data", "entry": entry}) for entry in entries]
+        self.crash: Callable[[], None] = lambda: None
+
+    def append(self, scope: str, entry: Json) -> None:
+        self.crash()
+        self.told.append(json.dumps({"scope": scope, "entry": entry}))
+
+    def entries(self, scope: str) -> list[Json]:
+        lines = [json.loads(line) for line in self.told]
+        return [line["entry"] for line in lines if line["scope"] == scope]
+
+
+class NumberTokenizer:
+    """A `Tokenizer` of documents like "12 13 14"."""
+
+    vocab_size = 1 << 30
+    end_token = END
+
+    def encode(self, text: str) -> Tokens:
+        return np.array([int(word) for word in text.split()], np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def save(self, folder: Path) -> list[str]:
+        raise NotImplementedError("nothing is exported here")
+
+
+@dataclass
+class World:
+    """Folders of files, a source each, and the settings with which they are read."""
+
+    folder: Path
+    formats: Mapping[str, str]
+    weights: Mapping[str, float]
+    settings: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, list[list[int]]] = field(default_factory=dict)
+    _next: int = 1
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.written[name] = []
+
+    def numbers(self, count: int) -> list[int]:
+        self._next += count
+        return list(range(self._next - count, self._next))
+
+    def write(self, source: str, file: str, lengths: Sequence[int]) -> None:
+        """Add documents of these lengths to a file of the source, at its end if it is there."""
+        for length in lengths:
+            document = self.numbers(length)
+            self.written[source].append(document)
+            text = " ".join(map(str, document))
+            if self.formats[source] == "jsonl":
+                path, content = self.folder / source / f"{file}.jsonl", json.dumps({"text": text}) + "\n"
+            else:  # a document a file; one that is appended before it was discovered makes one document with it
+                path, content = self.folder / source / f"{file}-{document[0]}.txt", text
+            with path.open("a") as opened:
+                opened.write(content)
+
+    def streams(self) -> dict[str, Stream]:
+        make: dict[str, Callable[[str], Stream]] = {
+            "jsonl": lambda name: JsonLines(JsonLines.Settings(url=f"{self.folder}/{name}/*.jsonl"), name),
+            "text": lambda name: TextFiles(TextFiles.Settings(url=f"{self.folder}/{name}/*.txt"), name),
+        }
+        return {name: make[kind](name) for name, kind in self.formats.items()}
+
+    def pipeline(self, journal: MemoryJournal, position: Position | None = None, **more: Any) -> Pipeline:
+        """A new pipeline over the files, at a position that went through JSON."""
+        rejected: list[tuple[str, Json, Rejected]] = []
+        settings: dict[str, Any] = {
+            "seed": 7,
+            "batch_size": 2,
+            "sequence_length": 8,
+            "shuffle_block_sequences": 6,
+            "holdout_fraction": 0.2,
+            "holdout_max_tokens": 60,
+            "holdout_record_tokens": 16,
+            "quarantine": lambda *told: rejected.append(told),
+            **self.settings,
+            **more,
+        }
+        weights = settings.pop("weights", self.weights)
+        streams = settings.pop("streams", None) or self.streams()
+        pipeline = Pipeline(streams, weights, NumberTokenizer(), journal, **settings)
+        pipeline.restore(stored(position) if position else Position())
+        return pipeline
+
+
+def stored(position: Position) -> Position:
+    """The position as a commit gives it back."""
+    flat, index = position.holdout.to_arrays()
+    holdout = Holdout.from_arrays(flat.copy(), json.loads(json.dumps(index)))
+    return Position.from_json(json.loads(json.dumps(position.to_json())), holdout)
+
+
+def batches(pipeline: Pipeline) -> Iterator[Batch]:
+    """All that can be made until there is nothing new, as the reader would."""
+    while True:
+        outcome = pipeline.next_batch()
+        if isinstance(outcome, Dry):
+            if not pipeline.poll():
+                outcome = pipeline.next_batch()
+                if isinstance(outcome, Dry):
+                    return
+            else:
+                continue
+        yield outcome
+
+
+def told(batch: Batch) -> tuple[Any, ...]:
+    """Everything a batch carries, as values that compare."""
+    flat, index = batch.holdout.to_arrays()
+    before, before_index = batch.position.holdout.to_arrays()
+    return (
+        batch.tokens.tolist(),
+        json.dumps(batch.position.to_json()),
+        (flat.tolist(), index),
+        (before.tolist(), before_index),
+        {name: source.to_json() for name, source in batch.read.items()},
+    )

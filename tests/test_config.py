@@ -1,0 +1,111 @@
+"""Configurations: every good one loads, every kind of mistake has its message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from anytimed.config import Config, explain, load
+from anytimed.contracts import ConfigError
+from anytimed.service.assembly import parts_of
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+ROOT = Path(__file__).parent.parent
+BAD = sorted((Path(__file__).parent / "configs_bad").glob("*.toml"))
+GOOD = sorted((ROOT / "configs").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", BAD, ids=lambda p: p.stem)
+def test_every_mistake_has_its_message(path: Path) -> None:
+    expected = path.read_text().splitlines()[0].removeprefix("# expect: ")
+    with pytest.raises(ConfigError) as caught:
+        parts_of(load(path))
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value), "the message names the file"
+    assert len(str(caught.value).splitlines()) == 1, "one mistake, one line"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("path", GOOD, ids=lambda p: p.stem)
+def test_every_config_of_the_project_loads(path: Path) -> None:
+    parts_of(load(path))
+
+
+def test_there_are_configs() -> None:
+    assert GOOD
+    assert len(BAD) > 20
+
+
+def test_the_starter_loads_and_its_commented_lines_are_the_defaults(tmp_path: Path) -> None:
+    """Uncommenting a line that shows a default changes nothing."""
+    starter = ROOT / "daemon/anytimed/starter.toml"
+    plain = load(starter)
+    parts_of(plain)
+    shows_default = (
+        "seed", "device", "threads", "precision", "deterministic", "compile", "prefetch_batches", "discover",
+        "fraction", "shuffle_block_sequences", "max_tokens", "record_tokens", "clip_grad_norm", "keep = ", "dtype",
+        "delete_after_s", "max_shard_bytes", "drain_s", "every_steps = 10 ", "every_steps = 100 ", "every_s = 300", "weight = ",
+    )  # fmt: skip
+    lines = [
+        line.removeprefix("# ") if line.removeprefix("# ").startswith(shows_default) and line.startswith("# ") else line
+        for line in starter.read_text().splitlines()
+    ]
+    changed = tmp_path / "uncommented.toml"
+    changed.write_text("\n".join(lines))
+    assert changed.read_text().count("\n# ") < starter.read_text().count("\n# ") - 20
+    assert load(changed).digest() == plain.digest()
+
+
+def test_several_mistakes_are_all_told(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        (BAD[0].parent / "out_of_range.toml").read_text().replace("sequence_length = 32", "sequence_length = -1")
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_file_says_how_to_begin(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="anytimed init"):
+        load(tmp_path / "none.toml")
+
+
+def test_configs_are_frozen_and_the_digest_ignores_secrets() -> None:
+    config = load(GOOD[0])
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.seed = 2  # type: ignore[misc]
+    told = config.model_dump()
+    told["exports"]["storage_options"] = {"key": "planted"}
+    other = Config.model_validate(told)
+    assert other.digest() == config.digest()
+    assert config.model_copy(update={"run": config.run.model_copy(update={"seed": 99})}).digest() != config.digest()
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=8), c, max_size=3),
+    )
+)
+def test_any_value_anywhere_is_an_error_with_a_message(value: object) -> None:
+    """Whatever stands where a table or number belongs, the result is a config or lines that name the file."""
+    for path in (
+        ("data",),
+        ("data", "batch_size"),
+        ("sources",),
+        ("sources", "main"),
+        ("exports", "cron"),
+        ("commits",),
+    ):
+        data = load(GOOD[0]).model_dump()
+        inner = data
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = value
+        try:
+            Config.model_validate(data)
+        except ValidationError as error:
+            assert explain(error, Config, data, "f.toml").startswith("f.toml:")
