@@ -103,12 +103,13 @@ class TestJsonLinesInMemoryStore(TestJsonLines):
             file.write(bytes(content))
 
 
-# --- lines and the moments at which they are discovered --------------------------------------------------------------
+# --- lines and the moments at which they are discovered ---------------------------------------------------------------
 
 CONTENT = (
     lines("one", "two 🙂")
-    + b'\n  \r\n{"text": "three"}\r\n{"text": ["not text"]}\n[1]\n{"text": ""}\n{"other": 1}\n{"text": "four {}}"}\n{"text":'
-    + b' "five"} {"text": "six"}\nnonsense }\n{"text": "\xff seven"}\n{"text": "\\ud800 eight"}\n{"text": "last"}'
+    + b'\n  \r\n{"text": "three"}\r\n{"text": ["not text"]}\n[1]\n{"text": ""}\n{"other": 1}\n{"text": "four {}}"}\n'
+    + b'{"text": "five"} {"text": "six"}\nnonsense }\n{"text": "\xff seven"}\n'
+    + b'{"text": "\\ud800 eight"}\n{"text": "last"}'
 )
 
 
@@ -137,8 +138,8 @@ def test_each_line_comes_once_whatever_the_moments_of_discovery(
             taken.append((item, after))
     records = [item for item, _ in taken if isinstance(item, Record)]
     wanted = ["one", "two 🙂", "three", "four {}}", "\ufffd seven", "\ufffd eight", "last"]
-    # two objects on one line are no line of JSON, unless the first was a whole line when it was discovered; what was then
-    # appended to it is a line of its own
+    # two objects on one line are no line of JSON, unless the first was a whole line when it was discovered; what was
+    # then appended to it is a line of its own
     apart = bool({BETWEEN, BETWEEN + 1} & set(moments))
     if apart:
         wanted[4:4] = ["five", "six"]
@@ -155,12 +156,30 @@ def test_each_line_comes_once_whatever_the_moments_of_discovery(
 
 def test_says_why_a_line_is_rejected_and_names_it_by_the_digest_of_its_bytes(tmp_path: Path) -> None:
     deep = b"[" * 100_000
-    bad = [b"{", b"[1]", b'{"body": "x"}', b'{"text": 1}', b'{"text": ""}', b'{"text": "\xff"}', b'{"text": "\\udc00"}', deep]
+    bad = [
+        b"{",
+        b"[1]",
+        b'{"body": "x"}',
+        b'{"text": 1}',
+        b'{"text": ""}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\udc00"}',
+        deep,
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*bad, b""]))
     *items, finished = read_all(jsonl(tmp_path, encoding_errors="reject"))
     assert isinstance(finished, Finished)
     reasons = [item.reason for item in items if isinstance(item, Rejected)]
-    told = ["not JSON", "list, expected an object", "'body'", "int, expected", "empty", "not UTF-8", "not Unicode", "not JSON"]
+    told = [
+        "not JSON",
+        "list, expected an object",
+        "'body'",
+        "int, expected",
+        "empty",
+        "not UTF-8",
+        "not Unicode",
+        "not JSON",
+    ]
     assert len(reasons) == len(items) == len(told)
     for reason, part in zip(reasons, told, strict=True):
         assert part in reason
@@ -204,11 +223,21 @@ def test_a_byte_order_mark_belongs_to_no_record(tmp_path: Path) -> None:
     assert [item.text for item in read_all(jsonl(tmp_path)) if isinstance(item, Record)] == ["one", "two"]
 
 
-# --- which files --------------------------------------------------------------------------------------------------------
+# --- which files ------------------------------------------------------------------------------------------------------
 
 
 def test_lists_by_path_and_leaves_out_what_is_unfinished_hidden_excluded_or_empty(tmp_path: Path) -> None:
-    for name in ["b/z.txt", "b.txt", "a/1.txt", "a/.2.txt", ".git/3.txt", "x.txt.tmp", "x.part", "old/4.txt", "a/5.bak.txt"]:
+    for name in [
+        "b/z.txt",
+        "b.txt",
+        "a/1.txt",
+        "a/.2.txt",
+        ".git/3.txt",
+        "x.txt.tmp",
+        "x.part",
+        "old/4.txt",
+        "a/5.bak.txt",
+    ]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "empty.txt").touch()
@@ -245,7 +274,7 @@ def test_a_url_that_cannot_be_opened_is_a_configuration_error(url: str, told: st
         TextFiles(TextFiles.Settings(url=url), "texts")
 
 
-# --- what happens to files after they were found --------------------------------------------------------------------------
+# --- what happens to files after they were found ----------------------------------------------------------------------
 
 
 def prepared(tmp_path: Path) -> tuple[list[Json], dict[int, str]]:
@@ -307,10 +336,9 @@ def test_waits_for_a_file_that_vanished_and_goes_on_at_the_same_record(tmp_path:
     stream = jsonl(tmp_path)
     stream.adopt(entries)
     (tmp_path / "b.jsonl").rename(tmp_path / "away")
-    items = []
+    items: list[tuple[Record | Rejected | Finished, Json]] = []
     with pytest.raises(StreamUnavailable, match=r"b\.jsonl is not there"):
-        for item in stream.read(None):
-            items.append(item)
+        items.extend(stream.read(None))  # keeps what came before the error
     (tmp_path / "away").rename(tmp_path / "b.jsonl")
     items += stream.read(items[-1][1])
     assert texts(items) == ["one", "two", "three"]

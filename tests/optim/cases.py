@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from anytimed.optim import AMUSE, ScheduleFree, SFAdamW, SFNorMuon, param_groups
+from torch import Tensor, nn
 
 OPTIMIZERS: dict[str, Callable[..., ScheduleFree]] = {"sf_normuon": SFNorMuon, "amuse": AMUSE, "sf_adamw": SFAdamW}
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-
 from anytimed.optim import averaging
 from anytimed.optim.averaging import Clock, average_, gradient_point
 from anytimed.optim.scratch import Scratch
+from torch import Tensor
+
 from tests.optim.cases import OPTIMIZERS, build, differing, everything, gradients, parameters, walk
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_compensation_keeps_x_exact_over_a_hundred_thousand_steps() -> None:
 
     # Rounding x itself to float32 costs 2e-8 in the mean (half a unit, 6e-8, at most); the compensation leaves no more.
     assert error(x) < 6e-8
-    # The same sum without it drifts off by about a hundred units: what the compensation is for, and this test can see it.
+    # The same sum without it drifts off by about a hundred units: so this test can fail.
     assert error(plain) > 2e-6
 
 

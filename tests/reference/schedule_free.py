@@ -1,7 +1,7 @@
-"""Slow float64 twins of the optimizers, one parameter at a time, straight from the papers; they share no code with `optim`.
+"""Slow float64 twins of the optimizers, a parameter at a time, straight from the papers; they share no code with `optim`.
 
-x is kept as what it is by definition, the weighted sum of z_1 … z_t over the sum of the weights, not by the recursion that
-the optimizers use. AMUSE's S_t is the paper's formula in c_t, where the optimizer takes a ratio of weight sums.
+x is kept as what it is by definition, the weighted sum of z_1 … z_t over the sum of the weights, not by the recursion
+that the optimizers use. AMUSE's S_t is the paper's formula in c_t, where the optimizer takes a ratio of weight sums.
 
 Sources: SF-NorMuon, arXiv 2605.23061, Algorithm 1; AMUSE, arXiv 2605.22432; Schedule-Free, arXiv 2405.15682.
 """

@@ -45,10 +45,10 @@ def polar(matrices: Tensor, *, dtype: torch.dtype | None = None, scratch: Scratc
     rows, columns = (n, m) if tall else (m, n)
 
     norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).add_(NORM_EPS)
-    x = scratch.take("polar.x", (k, rows, columns), dtype)
-    spare = scratch.take("polar.spare", (k, rows, columns), dtype)
-    gram = scratch.take("polar.gram", (k, rows, rows), dtype)
-    mixed = scratch.take("polar.mixed", (k, rows, rows), dtype)
+    x = scratch.take_aligned("polar.x", (k, rows, columns), dtype)
+    spare = scratch.take_aligned("polar.spare", (k, rows, columns), dtype)
+    gram = scratch.take_aligned("polar.gram", (k, rows, rows), dtype)
+    mixed = scratch.take_aligned("polar.mixed", (k, rows, rows), dtype)
     torch.div(matrices.mT if tall else matrices, norm, out=x)
 
     a, b, c = QUINTIC

@@ -15,6 +15,7 @@ from anytimed.training.sample import load_module
 
 def load_checkpoint(folder: Path) -> tuple[torch.nn.Module, Tokenizer, int]:
     """Module, tokenizer and context length of a checkpoint's folder. Raises ConfigError where no adapter reads it."""
+    folder = folder.resolve()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in registry.installed("anytimed.models"):
         family = registry.find("anytimed.models", name, "sample:")

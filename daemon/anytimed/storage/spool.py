@@ -72,8 +72,7 @@ class Spool:
             if at is not None:
                 raise ExportRefused(
                     f"step {content.step}: x is not finite: {name} {tensor.dtype} {tensor.shape}, "
-                    f"first at flat index {at}; "
-                    "not exported, the previous checkpoint stays the latest"
+                    f"first at flat index {at}; not exported, the previous checkpoint stays the latest"
                 )
         self._seq += 1
         ident = str(CheckpointId(self._run.term, self._seq, content.step))
@@ -99,11 +98,13 @@ class Spool:
         """Complete exports, oldest first. What an earlier process built is checked once; a damaged one is dropped."""
         found = []
         for path in self._run.spool.iterdir():
-            if path.name.startswith("."):
-                continue
+            try:
+                CheckpointId.parse(path.name)
+            except ValueError:
+                continue  # not ours to judge
             try:
                 item = self._read(path)
-            except (OSError, CorruptError) as error:
+            except (FileNotFoundError, CorruptError) as error:
                 log.error("%s: a spooled export is damaged and is dropped: %s", path, error)
                 self._remove(path)
                 continue

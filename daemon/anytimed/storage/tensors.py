@@ -97,6 +97,8 @@ def write(path: Path, tensors: Mapping[str, HostTensor], metadata: Mapping[str, 
     Raises ValueError where a tensor's bytes do not fit its shape, FileExistsError, or OSError; the caller then throws
     the file away, and never writes to it again.
     """
+    if "__metadata__" in tensors:
+        raise ValueError("a tensor cannot be called __metadata__: the format keeps that name for itself")
     for name, tensor in tensors.items():
         expected = size_bytes(tensor.dtype, tensor.shape)
         if tensor.data.nbytes != expected:

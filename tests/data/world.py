@@ -1,7 +1,7 @@
-"""What the tests of the data room share: a journal in memory, a tokenizer of numbers, and a world of files that is read.
+"""What the tests of the data room share: a journal in memory, a tokenizer of numbers, a world of files that is read.
 
-Every document is a run of numbers that stand in no other document, and a token is its number. So what was trained on can be
-counted token by token.
+Every document is a run of numbers that stand in no other document, and a token is its number. So what was trained on
+can be counted token by token.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ END = 0
 
 
 class MemoryJournal:
-    """A `Journal` that keeps what a file would give back. `crash` is called before an entry is durable."""
+    """A `Journal` that keeps what a file would give back."""
 
     def __init__(self, entries: Sequence[Json] = ()) -> None:
         self.told = [json.dumps({"scope": "data", "entry": entry}) for entry in entries]
-        self.crash: Callable[[], None] = lambda: None
 
     def append(self, scope: str, entry: Json) -> None:
-        self.crash()
         self.told.append(json.dumps({"scope": scope, "entry": entry}))
 
     def entries(self, scope: str) -> list[Json]:
@@ -53,6 +51,17 @@ class NumberTokenizer:
         raise NotImplementedError("nothing is exported here")
 
 
+DEFAULTS = {
+    "seed": 7,
+    "batch_size": 2,
+    "sequence_length": 8,
+    "shuffle_block_sequences": 6,
+    "holdout_fraction": 0.2,
+    "holdout_max_tokens": 60,
+    "holdout_record_tokens": 16,
+}
+
+
 @dataclass
 class World:
     """Folders of files, a source each, and the settings with which they are read."""
@@ -65,6 +74,7 @@ class World:
     _next: int = 1
 
     def __post_init__(self) -> None:
+        self.settings = {**DEFAULTS, **self.settings}
         for name in self.formats:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.written[name] = []
@@ -81,8 +91,8 @@ class World:
             text = " ".join(map(str, document))
             if self.formats[source] == "jsonl":
                 path, content = self.folder / source / f"{file}.jsonl", json.dumps({"text": text}) + "\n"
-            else:  # a document a file; one that is appended before it was discovered makes one document with it
-                path, content = self.folder / source / f"{file}-{document[0]}.txt", text
+            else:  # a document a file
+                path, content = self.folder / source / f"{file}-{document[0]:08}.txt", text
             with path.open("a") as opened:
                 opened.write(content)
 
@@ -96,18 +106,7 @@ class World:
     def pipeline(self, journal: MemoryJournal, position: Position | None = None, **more: Any) -> Pipeline:
         """A new pipeline over the files, at a position that went through JSON."""
         rejected: list[tuple[str, Json, Rejected]] = []
-        settings: dict[str, Any] = {
-            "seed": 7,
-            "batch_size": 2,
-            "sequence_length": 8,
-            "shuffle_block_sequences": 6,
-            "holdout_fraction": 0.2,
-            "holdout_max_tokens": 60,
-            "holdout_record_tokens": 16,
-            "quarantine": lambda *told: rejected.append(told),
-            **self.settings,
-            **more,
-        }
+        settings: dict[str, Any] = {"quarantine": lambda *told: rejected.append(told), **self.settings, **more}
         weights = settings.pop("weights", self.weights)
         streams = settings.pop("streams", None) or self.streams()
         pipeline = Pipeline(streams, weights, NumberTokenizer(), journal, **settings)
