@@ -31,13 +31,15 @@ def write_text(folder: Path, count: int, *, seed: int = 0, words: int = 120, pre
     made = []
     for i in range(count):
         path = folder / f"{prefix}{i:04d}.txt"
-        path.write_text(f"{prefix} {i}\n" + " ".join(draw.choice(WORDS) for _ in range(words)) + ".\n")
-        os.utime(path, (1_700_000_000, 1_700_000_000 + i))
+        beside = path.with_suffix(".tmp")
+        beside.write_text(f"{prefix} {i}\n" + " ".join(draw.choice(WORDS) for _ in range(words)) + ".\n")
+        os.utime(beside, (1_700_000_000, 1_700_000_000 + i))
+        beside.rename(path)
         made.append(path)
     return made
 
 
-def config(folder: Path, optimizer: str = "sf_normuon", **changes: dict[str, Any]) -> Path:
+def config(folder: Path, kind: str = "sf_normuon", **changes: dict[str, Any]) -> Path:
     """A config file in `folder` that reads folder/data/*.txt; `changes` update its tables."""
     tables: dict[str, dict[str, Any]] = {
         "run": {"directory": str(folder / "run"), "seed": 7, "threads": 1, "device": "cpu"},
@@ -52,7 +54,7 @@ def config(folder: Path, optimizer: str = "sf_normuon", **changes: dict[str, Any
             "holdout": {"fraction": 0.1, "max_tokens": 512, "record_tokens": 128},
         },
         "sources.main": {"type": "text", "url": str(folder / "data" / "*.txt")},
-        "optimizer": {"type": optimizer, **OPTIMIZERS[optimizer]},
+        "optimizer": {"type": kind, **OPTIMIZERS[kind]},
         "evaluation": {"every_steps": 20},
         "commits": {"every_steps": 7, "keep": 3},
         "exports": {"url": str(folder / "published"), "every_steps": 9, "keep": 100},

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from anytimed.contracts import Batch, Holdout, Json, Position, Rejected, Stream, Tokens
+from anytimed.contracts import (
+    Batch,
+    Finished,
+    Holdout,
+    Json,
+    Position,
+    Record,
+    Rejected,
+    Stream,
+    StreamUnavailable,
+    Tokens,
+)
 from anytimed.data.pipeline import Dry, Pipeline
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
@@ -112,6 +123,39 @@ class World:
         pipeline = Pipeline(streams, weights, NumberTokenizer(), journal, **settings)
         pipeline.restore(stored(position) if position else Position())
         return pipeline
+
+
+class Flaky:
+    """A stream whose store does not answer now and then: every `pattern[i]`-th question while there is a pattern."""
+
+    def __init__(self, stream: Stream, pattern: Sequence[int]) -> None:
+        self._stream = stream
+        self._due = iter(pattern)
+        self._left = next(self._due, None)
+
+    def _ask(self) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                self._left = next(self._due, None)
+                raise StreamUnavailable("the store does not answer")
+
+    def discover(self) -> list[Json]:
+        self._ask()
+        return self._stream.discover()
+
+    def read(self, place: Json | None) -> Iterator[tuple[Record | Rejected | Finished, Json]]:
+        for item in self._stream.read(place):
+            self._ask()
+            yield item
+        self._ask()
+
+    def verify(self, finished: Mapping[int, str]) -> None:
+        self._ask()
+        self._stream.verify(finished)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def stored(position: Position) -> Position:

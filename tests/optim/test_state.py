@@ -1,4 +1,4 @@
-"""Resuming: by state_dict, and by copying state and clocks into another stacking; y again from z and x; x in and out."""
+"""Resuming by state_dict and by copying state and clocks into another stacking; y again from z and x; x in and out."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def copy_over(
 @pytest.mark.parametrize("stop", [0, 1, 6, 10, 40])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_copy_into_another_stacking_goes_on_bit_for_bit(kind: str, stop: int, dtype: torch.dtype) -> None:
-    """Before the first step, in warm-up, at its end, after it. (On the CPU a product of a stack has the bits of the single
-    products; cuBLAS promises that for equal stackings only, which equal groups give.)"""
+    """Before the first step, in warm-up, at its end, after it. (On the CPU a product of a stack has the bits of the
+    single products; cuBLAS promises that for equal stackings only, which equal groups give.)"""
     params, others = parameters(dtype), parameters(dtype, seed=99)
     optimizer, other = build(kind, params), one_group_each(kind, others)
     walk(optimizer, params, stop)
@@ -98,7 +98,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         optimizer.load_clock_state(optimizer.clock_state() * 2)
     (clock,) = optimizer.clock_state()
     del clock["reference_c"]
-    with pytest.raises(ValueError, match="clock 0: found .* expected exactly"):
+    with pytest.raises(ValueError, match=r"clock 0: found .* expected exactly"):
         optimizer.load_clock_state([clock])
     assert differing(before, everything(optimizer, params)) == []
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from anytimed.optim import AMUSE
 from torch import Tensor
 
-from tests.optim.cases import ROLES, build, gradients, parameters
+from tests.optim.cases import ROLES, build, gradients, parameters, walk
 from tests.reference.schedule_free import AMUSETwin, SFAdamWTwin, SFNorMuonTwin, Twin
 
 TWINS: dict[str, type[Twin]] = {"sf_normuon": SFNorMuonTwin, "amuse": AMUSETwin, "sf_adamw": SFAdamWTwin}
@@ -101,13 +102,33 @@ def test_beta_follows_the_sums_and_the_paper_at_equal_weights() -> None:
     assert betas == sorted(betas)
 
 
-def test_amuse_keeps_beta_at_least_beta1_when_the_past_is_forgotten() -> None:
+def test_amuse_keeps_beta_at_least_beta1_when_the_past_is_discounted() -> None:
+    """A window of 5 put in later holds less than warm-up did: S_t is 1.235 unclamped, beta_t would be 0.506."""
     params = parameters()
     optimizer = build("amuse", params, warmup_steps=20, rho=1.0)
-    for step, given in enumerate(gradients(params, 120)):
-        for name, p in params.items():
-            p.grad = given[name]
+    walk(optimizer, params, 60)
+    for group in optimizer.param_groups:
+        group["averaging_window_steps"] = 5
+    walk(optimizer, params, 2)
+    assert optimizer.clock_state()[0]["beta"] == 0.6
+
+    params = parameters()
+    optimizer = build("amuse", params, warmup_steps=20, rho=1.0)
+    walk(optimizer, params, 100)
+    before = optimizer.clock_state()[0]["beta"]
+    for _ in range(10):
+        optimizer.forget(0.05)
+    walk(optimizer, params, 1)
+    assert 0.6 < optimizer.clock_state()[0]["beta"] < 0.65 < before < 1.0
+
+
+@pytest.mark.parametrize(("shape", "ratio"), [((8, 8), 1 / (0.2 * 8**0.5)), ((32, 2), 4 / (0.2 * 32**0.5))])
+def test_the_scale_of_amuse_is_one_of_two(shape: tuple[int, int], ratio: float) -> None:
+    steps = []
+    for scale in ("spectral", "match_rms"):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        optimizer = AMUSE([{"rule": "spectral", "params": [p]}], warmup_steps=1, scale=scale)
         optimizer.step()
-        if step > 60:
-            optimizer.forget(0.05)
-        assert 0.6 <= optimizer.clock_state()[0]["beta"] < 1.0
+        steps.append(float(optimizer.iterate()[p].norm()))
+    assert steps[0] / steps[1] == pytest.approx(ratio, rel=1e-6)  # float32

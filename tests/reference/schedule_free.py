@@ -1,4 +1,4 @@
-"""Slow float64 twins of the optimizers, a parameter at a time, straight from the papers; they share no code with `optim`.
+"""Slow float64 twins of the optimizers, a parameter at a time, straight from the papers; they share no code with them.
 
 x is kept as what it is by definition, the weighted sum of z_1 … z_t over the sum of the weights, not by the recursion
 that the optimizers use. AMUSE's S_t is the paper's formula in c_t, where the optimizer takes a ratio of weight sums.

@@ -250,7 +250,7 @@ class Pipeline:
             self._filled += len(windows)
 
     def _cut_short(self, name: str) -> bool:
-        """Whether the block ends here because source `name` is dry: only if that completes a batch."""
+        """Whether the block ends here because source `name` has nothing more: only if that completes a batch."""
         if self._replaying:
             if self._cursors[name].exhausted:
                 raise Refused(
@@ -258,7 +258,11 @@ class Pipeline:
                     f"the run was first here: {self._cursors[name].reason}. {_REMEDY}"
                 )
             return False
-        if not self._nothing_new or sum(block.left for block in self._ready) + self._filled < self._batch_size:
+        # A source that does not answer is waited for: a replay beyond the journal's end would otherwise cut where the
+        # run did not, and train other steps than those that an export may already hold.
+        if not (self._nothing_new and self._cursors[name].exhausted):
+            return False
+        if sum(block.left for block in self._ready) + self._filled < self._batch_size:
             return False
         self._decide({"kind": "block_cut", "block": self._block, "draw": self._draw, "sequences": self._filled})
         return True

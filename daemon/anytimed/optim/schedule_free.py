@@ -47,7 +47,8 @@ class ScheduleFree(Optimizer):
     it.
 
     State of a parameter (`optimizer.state[p]`), views that keep their identity: z, x float32 and comp bfloat16 of its
-    shape; updates, int64 0-d; matrices: momentum of its shape and, where `row_moments`, v (m,); the others: v of its shape.
+    shape; updates, int64 0-d; matrices: momentum of its shape and, where `row_moments`, v (m,); the others: v of its
+    shape.
     """
 
     rules: ClassVar[tuple[str, ...]] = ("spectral", "adamw")
@@ -104,6 +105,10 @@ class ScheduleFree(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters; x = y = z = what they hold. ValueError on options or parameters that cannot be."""
         group = dict(param_group)
+        if not isinstance(group["params"], (Tensor, set)):  # torch speaks for these two
+            group["params"] = list(group["params"])
+            if not group["params"]:
+                raise ValueError("a parameter group without parameters; leave the group out")
         rule = self._rule_of(group)
         group["rule"] = rule
         group.setdefault("clock", len(self._clocks) if self._constructed else 0)

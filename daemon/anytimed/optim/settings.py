@@ -52,8 +52,6 @@ def check_parameters(group: Mapping[str, Any], device: torch.device | None) -> N
     """ValueError, naming the parameter, where dtype, device or (for the spectral rule) shape does not fit, or where it
     comes twice. device: the one that all have to be on; None: the first parameter's."""
     params: list[Tensor] = group["params"]
-    if not params:
-        raise ValueError("a parameter group without parameters; leave the group out")
     device = params[0].device if device is None else device
     names = group.get("param_names", [f"number {i}" for i in range(len(params))])
     seen: set[Tensor] = set()

@@ -87,7 +87,7 @@ class Stack(ABC):
 
 
 class MatrixStack(Stack):
-    """k matrices of one shape (m, n), rows = output neurons. momentum: (k, m, n); v: (k, m), or (k, 0) without row moments.
+    """k matrices of one shape (m, n), rows = output neurons. momentum: (k, m, n); v: (k, m), (k, 0) if none is kept.
 
     A parameter of more dimensions counts as (out, everything else): a convolution is (out, in * kh * kw).
     """

@@ -1,7 +1,7 @@
 """The journal: decisions that change the numbers, durable before they take effect.
 
-One JSON object a line: {"scope", "n", "digest", "entry"}, entries of a scope numbered from 1 and chained by digest
-(`contracts.chain`). Opening reads and checks every line. A last line that never reached the disk as a whole is
+One JSON object a line: {"scope", "n", "digest", "entry", "crc"}; entries of a scope are numbered from 1 and chained by
+digest (`contracts.chain`), `crc` is the CRC-32 of the line before it. Opening reads and checks every line. A last line that never reached the disk as a whole is
 dropped and logged: its append never returned. Any other line that does not fit is refused, for replaying past it
 would train something else. An append is one write and one fsync under a lock.
 """
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import zlib
 from pathlib import Path
 
 from anytimed.contracts import AnytimedError, Json, Refused, chain
@@ -50,7 +51,8 @@ class Journal:
                 raise AnytimedError(f"{self._path}: closed after an earlier failure ({self._failed}); restart to go on")
             digest = chain(self.digest(scope), json.loads(text))
             told = {"scope": scope, "n": self.length(scope) + 1, "digest": digest}
-            line = f'{json.dumps(told, separators=(",", ":"))[:-1]},"entry":{text}}}\n'.encode()
+            body = f'{json.dumps(told, separators=(",", ":"))[:-1]},"entry":{text}'.encode()
+            line = body + b',"crc":%d}\n' % zlib.crc32(body)
             try:
                 write_all(self._file, memoryview(line))
             except OSError as error:
@@ -114,6 +116,8 @@ class Journal:
         try:
             told = json.loads(line)
             scope, n, found, entry = told["scope"], told["n"], told["digest"], told["entry"]
+            if zlib.crc32(line.rpartition(b',"crc":')[0]) != told["crc"]:
+                raise ValueError(f"its bytes have another checksum than {told['crc']}")
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(f"{where}: no journal entry ({error}); {hint}") from error
         expected = chain(self.digest(scope), entry)

@@ -113,7 +113,7 @@ class _Stored(BaseModel):
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
 
     def to_bytes(self) -> bytes:
-        """Raises ValueError on a NaN or Inf, for which JSON has no word."""
+        """NaN and Inf, for which JSON has no word, become null: a skipped step's loss must not stop an export."""
         return json.dumps(self.model_dump(mode="json"), allow_nan=False, indent=1).encode() + b"\n"
 
     @classmethod

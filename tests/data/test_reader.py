@@ -1,0 +1,129 @@
+"""The reader: the same batches as the pipeline's own, ahead of the learner, and nothing lost at its edges."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from anytimed.contracts import Batch, Refused
+from anytimed.data.pipeline import Dry, Interrupted
+from anytimed.data.reader import Reader
+
+from tests.data.test_pipeline import static_world
+from tests.data.world import MemoryJournal, World, batches, told
+
+PATIENCE_S = 20.0  # far more than any step here needs, even on a busy core: only a hang takes as long
+
+
+def drain(reader: Reader) -> tuple[list[Batch], Dry]:
+    made = []
+    while True:
+        match reader.get(PATIENCE_S):
+            case Batch() as batch:
+                made.append(batch)
+            case Dry() as dry:
+                return made, dry
+            case None:
+                pytest.fail(f"the reader hangs: {reader.status()}")
+
+
+def until(happened: object) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_gives_the_batches_of_the_pipeline_and_goes_on_when_data_comes(tmp_path: Path, depth: int) -> None:
+    world = static_world(tmp_path)
+    journal = MemoryJournal()
+    reader = Reader(world.pipeline(journal), depth)
+    reader.start()
+    made, dry = drain(reader)
+    assert set(dry.reasons) < {"lines", "texts"}
+    assert reader.get(0.0) == dry, "dry until someone asks for a poll"
+    assert reader.status()["waiting"] == dry.reasons
+
+    world.write("lines", "d", [20] * 30)
+    world.write("texts", "d", [20] * 30)
+    reader.poll()
+    more, _ = drain(reader)
+    assert more
+    assert reader.close()
+    replayed = [told(batch) for batch in batches(world.pipeline(MemoryJournal(journal.entries("data"))))]
+    assert [told(batch) for batch in made + more] == replayed
+
+
+def test_reads_ahead_as_far_as_the_queue_is_deep_and_serves_polls_meanwhile(tmp_path: Path) -> None:
+    world = static_world(tmp_path)
+    reader = Reader(world.pipeline(MemoryJournal()), 3)
+    reader.start()
+    until(lambda: reader.status()["ready"] == 3)
+    assert reader.status()["sources"]["lines"]["entries"] == 3
+    world.write("lines", "d", [5])
+    reader.poll()
+    until(lambda: reader.status()["sources"]["lines"]["entries"] == 4)
+    assert reader.status()["ready"] == 3
+    assert reader.status()["sources"]["lines"]["lag_bytes"] > 0
+    assert reader.close()
+
+
+def test_a_failure_is_raised_after_the_batches_that_were_made_before_it(tmp_path: Path) -> None:
+    world = static_world(tmp_path)
+    reader = Reader(world.pipeline(MemoryJournal()), 1000)
+    reader.start()
+    until(lambda: reader.status()["waiting"])
+    (world.folder / "lines/a.jsonl").write_text("{}")
+    reader.poll()
+    count = 0
+    with pytest.raises(Refused, match=r"a\.jsonl"):
+        while isinstance(reader.get(PATIENCE_S), Batch):
+            count += 1
+    assert count > 20
+    with pytest.raises(Refused):
+        reader.get(0.0)
+    assert reader.close()
+
+
+def test_nothing_ready_yet_is_none_and_closing_does_not_wait_for_a_store_that_hangs(tmp_path: Path) -> None:
+    world = World(tmp_path, {"lines": "jsonl"}, {"lines": 1.0}, {"holdout_fraction": 0.0})
+    world.write("lines", "a", [30] * 10)
+    hangs, entered = threading.Event(), threading.Event()
+    streams = world.streams()
+
+    class Hanging:
+        def __getattr__(self, name: str) -> object:
+            return getattr(streams["lines"], name)
+
+        def read(self, place: object) -> object:
+            entered.set()
+            assert hangs.wait(PATIENCE_S)
+            return streams["lines"].read(place)
+
+    journal = MemoryJournal()
+    reader = Reader(world.pipeline(journal, streams={"lines": Hanging()}), 2)
+    reader.start()
+    assert entered.wait(PATIENCE_S)
+    assert reader.get(0.01) is None
+    decided = journal.entries("data")
+    assert not reader.close(timeout_s=0.01)
+    with pytest.raises(Interrupted):
+        reader.get(PATIENCE_S)
+    # whoever takes over writes the same journal: when the store answers at last, the old thread decides nothing more
+    hangs.set()
+    assert reader.close()
+    assert journal.entries("data") == decided
+
+
+def test_closing_wakes_a_thread_that_sleeps_on_a_full_queue_or_a_dry_stream(tmp_path: Path) -> None:
+    world = static_world(tmp_path)
+    full, dry = Reader(world.pipeline(MemoryJournal()), 1), Reader(world.pipeline(MemoryJournal()), 1000)
+    for reader in (full, dry):
+        reader.start()
+    until(lambda: full.status()["ready"] == 1)
+    until(lambda: dry.status()["waiting"])
+    assert full.close()
+    assert dry.close()

@@ -1,0 +1,206 @@
+"""The learner: steps, skipped steps, accumulation, evaluation away from the parameters, copies out and in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anytimed.contracts import Batch, CorruptError, HeldRecord, Holdout, Position
+from anytimed.optim import SFNorMuon, param_groups
+from anytimed.training.device import Device
+from anytimed.training.evaluate import IGNORED, windows
+from anytimed.training.footprint import estimate
+from anytimed.training.learner import Learner
+from anytimed_adapters.models.llama import LlamaModel
+from safetensors.torch import save_file
+
+VOCAB, LENGTH = 23, 12
+
+
+def learner(seed: int = 0, micro: int | None = None, hidden: int = 16, clip: float | None = 1.0) -> Learner:
+    model = LlamaModel(LlamaModel.Settings(hidden_size=hidden, layers=1, heads=2, intermediate_size=24))
+    torch.manual_seed(seed)
+    module = model.build(VOCAB)
+    optimizer = SFNorMuon(param_groups(module.named_parameters(), model.roles(module)), lr=0.02, warmup_steps=3)
+    return Learner(
+        model,
+        module,
+        optimizer,
+        Device("cpu"),
+        sequence_length=LENGTH,
+        micro_batch_size=micro,
+        clip_grad_norm=clip,
+        evaluation_batch_size=2,
+    )
+
+
+def batch(number: int, size: int = 4) -> Batch:
+    tokens = np.random.default_rng(number).integers(0, VOCAB, (size, LENGTH + 1), dtype=np.int32)
+    return Batch(tokens, Position(draw=number), Holdout(), {})
+
+
+def state(of: Learner) -> dict[str, torch.Tensor]:
+    named = dict(of.module.named_parameters())
+    inner = {f"{k}.{n}": t.clone() for n, p in named.items() for k, t in of.optimizer.state[p].items()}
+    return {**{f"y.{n}": p.detach().clone() for n, p in named.items()}, **inner}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    disturbed, undisturbed = learner(), learner()
+    for number in range(6):
+        disturbed.step(batch(number))
+        undisturbed.step(batch(number))
+        if number in (0, 3):
+            before, clocks = state(disturbed), disturbed.optimizer.clock_state()
+            loss = disturbed.model.loss
+            disturbed.model.loss = lambda module, tokens: loss(module, tokens) * float("nan")  # type: ignore[method-assign]
+            disturbed.step(batch(99))
+            disturbed.model.loss = loss  # type: ignore[method-assign]
+            assert same(before, state(disturbed))
+            assert disturbed.optimizer.clock_state() == clocks
+    reports = disturbed.reports()
+    assert [r.step for r in reports if r.skipped] == [2, 6]
+    assert disturbed.skipped == 2
+    assert disturbed.step_count == 8
+    assert disturbed.reports() == []
+    assert same(state(disturbed), state(undisturbed)), "the line of updates is that of a run without the bad batches"
+
+
+def test_one_infinite_gradient_skips_too() -> None:
+    one = learner()
+    one.step(batch(0))
+    before = state(one)
+    parameter = next(iter(one.module.parameters()))
+    hook = parameter.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), float("inf")))
+    one.step(batch(1))
+    hook.remove()
+    assert one.reports()[-1].skipped
+    assert same(before, state(one))
+
+
+def test_accumulation_takes_the_gradient_of_the_whole_batch() -> None:
+    whole, parts = learner(), learner(micro=1)
+    for number in range(3):
+        whole.step(batch(number))
+        parts.step(batch(number))
+    for a, b in zip(whole.reports(), parts.reports(), strict=True):
+        # The same sum in another order: float32 rounding of a loss of about 3, and what three steps make of it.
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
+
+
+def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
+    one = learner(clip=1e-3)
+    one.step(batch(0))
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in one.module.parameters() if p.grad is not None])
+    assert float(clipped) == pytest.approx(1e-3, rel=1e-3)
+    assert one.reports()[0].grad_norm > 0.01
+
+
+def test_windows_make_every_token_but_the_first_a_target_once() -> None:
+    records = tuple(HeldRecord("s", str(n), np.arange(n, dtype=np.int32)) for n in (1, 2, 12, 13, 14, 30))
+    rows = windows(Holdout(records), LENGTH)
+    targets = rows[:, 1:]
+    assert int((targets != IGNORED).sum()) == sum(max(r.tokens.size - 1, 0) for r in records)
+    found = sorted(targets[targets != IGNORED].tolist())
+    assert found == sorted(t for r in records for t in range(1, r.tokens.size))
+
+
+def test_evaluation_uses_x_y_and_z_and_leaves_the_parameters_alone() -> None:
+    one = learner()
+    rng = np.random.default_rng(5)
+    held = Holdout(tuple(HeldRecord("s", str(i), rng.integers(0, VOCAB, 30, dtype=np.int32)) for i in range(3)))
+    for number in range(5):
+        one.step(batch(number))
+    one.reports()
+    before = state(one)
+    found = one.evaluate(held)
+    assert found is not None
+    assert same(before, state(one))
+    assert (found.step, found.tokens, found.holdout) == (5, 3 * 29, held.digest)
+    tokens = torch.from_numpy(windows(held, LENGTH)).long()
+    for which, loss in (("x", found.loss_x), ("z", found.loss_z)):
+        other = learner()
+        with torch.no_grad():
+            for (_, mine), (_, theirs) in zip(
+                other.module.named_parameters(), one.module.named_parameters(), strict=True
+            ):
+                mine.copy_(one.optimizer.state[theirs][which])
+            expected = float(other.model.loss(other.module, tokens)) / (3 * 29)
+        assert loss == pytest.approx(expected, rel=1e-5), which  # other batches of the same sum
+    assert len({found.loss_x, found.loss_y, found.loss_z}) == 3
+    assert one.evaluate(Holdout()) is None
+
+
+def write(one: Learner, path: Path) -> dict[str, object]:
+    one.reports()
+    snapshot = one.snapshot({}, {"more": 1})
+    snapshot.wait()
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
+    tensors = {
+        name: torch.frombuffer(bytearray(t.data), dtype=dtypes[t.dtype]).reshape(t.shape)
+        for name, t in snapshot.tensors.items()
+    }
+    save_file(tensors, path)
+    assert snapshot.state["more"] == 1
+    return dict(snapshot.state)
+
+
+def test_snapshot_and_restore_go_on_bit_for_bit(tmp_path: Path) -> None:
+    one = learner()
+    for number in range(7):
+        one.step(batch(number))
+    told = write(one, tmp_path / "s.safetensors")
+    at_the_copy = state(one)
+    other = learner(seed=1)
+    assert other.restore([tmp_path / "s.safetensors"], told) == {}
+    assert same(at_the_copy, state(other)), "y included, which is not stored"
+    for number in range(7, 12):
+        one.step(batch(number))
+        other.step(batch(number))
+    assert same(state(one), state(other))
+    assert (other.step_count, other.tokens) == (12, one.tokens)
+
+
+def test_a_snapshot_is_a_copy() -> None:
+    one = learner()
+    one.step(batch(0))
+    x = {n: one.optimizer.state[p]["x"].clone() for n, p in one.module.named_parameters()}
+    exported = one.export()
+    one.step(batch(1))
+    exported.wait()
+    for name, tensor in exported.tensors.items():
+        assert bytes(tensor.data) == x[name].numpy().tobytes()
+        assert tensor.dtype == "F32"
+    assert one.export("bfloat16").tensors["model.norm.weight"].dtype == "BF16"
+
+
+def test_another_model_does_not_restore(tmp_path: Path) -> None:
+    one = learner()
+    one.step(batch(0))
+    told = write(one, tmp_path / "s.safetensors")
+    with pytest.raises(CorruptError, match=r"expected torch\.float32 \(23, 32\)"):
+        learner(hidden=32).restore([tmp_path / "s.safetensors"], told)
+
+
+def test_start_from_sets_x_y_and_z() -> None:
+    one, other = learner(), learner(seed=1)
+    other.start_from({n: p.detach() for n, p in one.module.named_parameters()})
+    assert same(state(one), state(other))
+
+
+def test_the_footprint_counts_what_is_allocated() -> None:
+    one = learner()
+    meta = one.model.build(VOCAB, device="meta")
+    optimizer = SFNorMuon(param_groups(meta.named_parameters(), one.model.roles(meta)))
+    found = estimate(one.model, meta, optimizer, micro_batch=4, length=LENGTH, vocab_size=VOCAB, element_bytes=4)
+    real = [t for p in one.module.parameters() for t in one.optimizer.state[p].values()]
+    assert found.optimizer_bytes == sum(t.numel() * t.element_size() for t in real)
+    assert found.parameters == sum(p.numel() for p in one.module.parameters())
+    assert found.total_bytes > found.parameter_bytes + found.gradient_bytes + found.optimizer_bytes
