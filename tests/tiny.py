@@ -23,7 +23,7 @@ OPTIMIZERS = {
 }
 
 
-def write_text(folder: Path, count: int, *, seed: int = 0, words: int = 120, prefix: str = "doc") -> list[Path]:
+def write_text(folder: Path, count: int, *, seed: int = 3, words: int = 120, prefix: str = "doc") -> list[Path]:
     """`count` files of a few hundred bytes, each with a line of its own that says which it is. Written at the same moment
     whenever they are written: the time of a file is part of its identity in the journal."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def config(folder: Path, kind: str = "sf_normuon", **changes: dict[str, Any]) ->
             "shuffle_block_sequences": 64,
             "prefetch_batches": 2,
             "discover": {"every_s": 0.1},
-            "holdout": {"fraction": 0.1, "max_tokens": 512, "record_tokens": 128},
+            "holdout": {"fraction": 0.25, "max_tokens": 512, "record_tokens": 128},
         },
         "sources.main": {"type": "text", "url": str(folder / "data" / "*.txt")},
         "optimizer": {"type": kind, **OPTIMIZERS[kind]},

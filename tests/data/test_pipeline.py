@@ -328,6 +328,36 @@ def test_refuses_a_file_that_lost_records_that_the_commit_had_used(tmp_path: Pat
         list(batches(world.pipeline(journal, next(b for b in made if b.position.index).position)))
 
 
+def test_a_replay_refuses_a_file_that_ends_with_another_digest_than_journalled(tmp_path: Path) -> None:
+    world = static_world(tmp_path, holdout_fraction=0.0)
+    journal = MemoryJournal()
+    list(batches(world.pipeline(journal)))
+    rewrite(world.folder / "lines/a.jsonl")
+    # from the very beginning: nothing was finished yet that a start could verify
+    with pytest.raises(Refused, match=r"'kind': 'finished'.* came to block \d+ finished"):
+        list(batches(world.pipeline(journal)))
+
+
+def test_refuses_a_block_that_became_shorter_than_what_was_used_of_it(tmp_path: Path) -> None:
+    world = World(tmp_path, {"lines": "jsonl"}, {"lines": 1.0}, {"holdout_fraction": 0.0})
+    world.write("lines", "a", [100, 60])
+    journal = MemoryJournal()
+    used = [batch.position for batch in batches(world.pipeline(journal)) if batch.position.index > 8][0]
+    file = world.folder / "lines/a.jsonl"
+    file.write_text(file.read_text().replace("1 ", "10"))  # as many bytes, fewer words
+    with pytest.raises(Refused, match=rf"the commit had used {used.index}"):
+        list(batches(world.pipeline(journal, used)))
+
+
+def test_what_a_start_could_not_verify_is_verified_before_it_is_read(tmp_path: Path) -> None:
+    world, journal, made = lived_to_the_end(tmp_path)
+    rewrite(world.folder / "lines/a.jsonl")
+    streams = {name: Flaky(stream, [0]) for name, stream in world.streams().items()}
+    resumed = world.pipeline(journal, made[-1].position, streams=streams)
+    with pytest.raises(Refused, match=r"a\.jsonl"):
+        list(batches(resumed))
+
+
 def test_refuses_other_weights_and_sources_and_says_which(tmp_path: Path) -> None:
     world, journal, made = lived_to_the_end(tmp_path)
     position = made[0].position

@@ -47,8 +47,7 @@ def running(config: Path, *arguments: str, **environment: str) -> Iterator[subpr
 
 def test_data_added_while_it_runs_is_read_once_in_order_of_arrival(tmp_path: Path) -> None:
     tiny.write_text(tmp_path / "data", 12, prefix="m")
-    holdout = {"fraction": 0.25, "max_tokens": 512, "record_tokens": 128}
-    config = tiny.config(tmp_path, data={"holdout": holdout})
+    config = tiny.config(tmp_path)
     with running(config) as process:
         until(process, lambda: status(tmp_path)["state"] == "waiting for data")
         before = status(tmp_path)["step"]

@@ -1,4 +1,5 @@
-"""A published prefix at each kind of store that is written differently: local folder, fsspec's memory, an object store."""
+"""A published prefix at each kind of store that is written differently: local folder, fsspec's memory, an object
+store."""
 
 from __future__ import annotations
 

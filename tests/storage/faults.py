@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from anytimed.storage.store import Store
 
 CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "link", "symlink", "unlink", "rmdir", "ftruncate")
 
@@ -60,3 +62,32 @@ def error(number: int) -> Callable[[str, tuple[Any, ...]], None]:
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+class Cut(Exception):
+    """The process ends here, between two requests to a store."""
+
+
+@contextlib.contextmanager
+def cut_at(n: int, verbs: Sequence[str]) -> Iterator[None]:
+    """Raise `Cut` instead of the n-th call (from 1) to those methods of any Store; the others are made."""
+    left = n
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Cut
+            return real(*arguments, **options)
+
+        return call
+
+    reals = {verb: getattr(Store, verb) for verb in verbs}
+    try:
+        for verb, real in reals.items():
+            setattr(Store, verb, wrapped(real))
+        yield
+    finally:
+        for verb, real in reals.items():
+            setattr(Store, verb, real)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from anytimed.contracts import Evaluation, HostTensor, Snapshot
 from anytimed.storage.exports import ExportContent, Publisher, Spool, SpoolItem
 from anytimed.storage.run_directory import RunDirectory
@@ -24,7 +23,7 @@ def tensor(values: Any, dtype: str = "F32") -> HostTensor:
         bits = (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype("<u2")
         return HostTensor(dtype, array.shape, memoryview(bits.tobytes()))
     kinds = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
-    return HostTensor(dtype, array.shape, memoryview(np.ascontiguousarray(array, kinds[dtype])))
+    return HostTensor(dtype, array.shape, np.ascontiguousarray(array, kinds[dtype]).data)
 
 
 def weights(step: int) -> dict[str, HostTensor]:
@@ -55,7 +54,10 @@ def content(step: int, *, loss_x: float | None = 3.0, **changes: Any) -> ExportC
     fields: dict[str, Any] = {
         "step": step,
         "tokens": step * 100,
-        "tensors": {"model.embed.weight": tensor(np.full((16, 8), step)), "model.norm.weight": tensor([step] * 8, "BF16")},
+        "tensors": {
+            "model.embed.weight": tensor(np.full((16, 8), step)),
+            "model.norm.weight": tensor([step] * 8, "BF16"),
+        },
         "config": {"model_type": "llama", "hidden_size": 8},
         "files": {"tokenizer.json": b'{"version": "1.0"}', "tokenizer_config.json": b"{}"},
         "optimizer": {"name": "sf_normuon", "learning_rate": 0.02},

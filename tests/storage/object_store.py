@@ -1,7 +1,8 @@
-"""An object store in memory behind fsspec's asynchronous interface, as s3fs is: one put is one object, create-only is honoured.
+"""An object store in memory behind fsspec's asynchronous interface, as s3fs is: one put is one object, create-only is
+honoured.
 
-What goes wrong at real ones is switched on by storage options: `ignore_conditions` (answers 200 to a create-only put over
-an existing object), `lose_answers` (does what was asked, then breaks the connection), `hang` (never answers).
+What goes wrong at real ones is switched on by storage options: `ignore_conditions` (answers 200 to a create-only put
+over an existing object), `lose_answers` (does what was asked, then breaks the connection), `hang` (never answers).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class BackendError(Exception):
     """As botocore's: not an OSError, and chatty."""
 
 
-class ObjectStore(AsyncFileSystem):
+class ObjectStore(AsyncFileSystem):  # type: ignore[misc]  # fsspec has no types
     protocol = "objects"
     objects: ClassVar[dict[str, bytes]] = {}
     calls: ClassVar[list[str]] = []

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file
-
 from anytimed.contracts import AnytimedError, CorruptError, Refused, Snapshot
 from anytimed.storage import tensors
 from anytimed.storage.commits import Commit, CommitFailed, Commits
 from anytimed.storage.manifest import CommitManifest, NewerFormat
 from anytimed.storage.run_directory import RunDirectory
+from safetensors import safe_open
+
 from tests.storage import faults
 from tests.storage.material import acquired, flip, snapshot, tensor, tree
 
@@ -43,7 +42,9 @@ def again(run: RunDirectory) -> Commits:
 def test_what_was_written_comes_back(run: RunDirectory) -> None:
     waited = []
     kept = snapshot(7)
-    made = Commits(run).write(Snapshot(7, kept.tensors, kept.state, lambda: waited.append(1)), extra_files={"b": b"more"})
+    made = Commits(run).write(
+        Snapshot(7, kept.tensors, kept.state, lambda: waited.append(1)), extra_files={"b": b"more"}
+    )
     found = again(run).newest()
     assert waited and found == made and found is not None
     assert found.path.name == "000001-0000000007"
@@ -142,7 +143,7 @@ def test_if_none_verifies_the_start_is_refused_and_nothing_touched(run: RunDirec
         flip(write(commits, step).path / file, 3)
     commits = again(run)
     before = tree(run.path)
-    with pytest.raises(Refused, match="4 commits and none verifies.*--fresh") as caught:
+    with pytest.raises(Refused, match=r"4 commits and none verifies.*--fresh") as caught:
         commits.newest()
     assert all(f"{n:06d}-{n:010d}" in str(caught.value) for n in (1, 2, 3, 4))
     assert tree(run.path) == before

@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-
 from anytimed.contracts import Refused
-from anytimed.storage import checkpoint_files
+from anytimed.storage import tensors
 from anytimed.storage.exports import ExportFailed, ExportRefused, Publisher, Spool
 from anytimed.storage.manifest import Manifest, Pointer
 from anytimed.storage.store import Store, StoreError
+from safetensors.numpy import load_file
+
 from tests.storage import faults
 from tests.storage.material import Site, acquired, content, evaluation, flip, tensor, tree
 
@@ -37,7 +36,7 @@ def test_an_export_is_a_hugging_face_folder(local_site: Site) -> None:
     item = local_site.spool.build(content(3, title="Tiny"))
     assert item.id == "00001-000001-0000000003" and item.path == local_site.run.spool / item.id
     assert {f.name for f in item.manifest.files} | {"manifest.json"} == {p.name for p in item.path.iterdir()}
-    bits = checkpoint_files.tensors.read_header(item.path / "model.safetensors")
+    bits = tensors.read_header(item.path / "model.safetensors")
     assert bits.metadata == {"format": "pt"} and bits.tensors["model.norm.weight"].dtype == "BF16"
     assert json.loads((item.path / "config.json").read_text())["model_type"] == "llama"
     card = (item.path / "README.md").read_text()
@@ -65,7 +64,9 @@ def test_large_weights_are_sharded_as_hugging_face_does(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_refused_by_name(local_site: Site, dtype: str) -> None:
     values = np.ones((4, 4))
     values[2, 1] = np.nan
-    with pytest.raises(ExportRefused, match=rf"step 5: x is not finite: model.w {dtype} \(4, 4\), first at flat index 9"):
+    with pytest.raises(
+        ExportRefused, match=rf"step 5: x is not finite: model.w {dtype} \(4, 4\), first at flat index 9"
+    ):
         local_site.spool.build(content(5, tensors={"model.w": tensor(values, dtype)}))
     assert list(local_site.run.spool.iterdir()) == []
 
@@ -147,13 +148,7 @@ def test_a_local_store_takes_the_files_without_a_copy(local_site: Site) -> None:
     assert published.samefile(item.path / "model.safetensors")
 
 
-class Cut(Exception):
-    """The process ends here."""
-
-
-def test_killed_before_any_request_readers_see_the_old_or_the_new(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_before_any_request_readers_see_the_old_or_the_new(tmp_path: Path, url: str) -> None:
     site = Site(tmp_path, url)
     old = site.publish(1)
     verbs = ("put_file", "create", "replace", "read", "delete", "list")
@@ -162,22 +157,11 @@ def test_killed_before_any_request_readers_see_the_old_or_the_new(
     while not finished:
         n += 1
         item = site.spool.build(content(n + 1, loss_x=3.0 - n / 100))
-        left = n
-        with monkeypatch.context() as patch:
-            for verb in verbs:
-
-                def counted(*arguments: Any, real: Any = getattr(Store, verb), **options: Any) -> Any:
-                    nonlocal left
-                    left -= 1
-                    if left == 0:
-                        raise Cut
-                    return real(*arguments, **options)
-
-                patch.setattr(Store, verb, counted)
+        with faults.cut_at(n, verbs):
             try:
                 Publisher(site.store, clock=site.clock).publish(item)
                 finished = True
-            except Cut:
+            except faults.Cut:
                 pass
         assert site.pointed() in (old.id, item.id)
         if site.store.exists(f"checkpoints/{item.id}/manifest.json"):  # committed: all of it is there
@@ -253,14 +237,23 @@ def test_latest_never_moves_back(site: Site) -> None:
 
 def test_best_is_the_lowest_loss_on_the_same_holdout(site: Site) -> None:
     best = []
-    for step, loss, holdout in [(1, 3.0, "a"), (2, 2.5, "a"), (3, 2.7, "a"), (4, 2.9, "b"), (5, None, "b"), (6, 2.8, "b")]:
+    for step, loss, holdout in [
+        (1, 3.0, "a"),
+        (2, 2.5, "a"),
+        (3, 2.7, "a"),
+        (4, 2.9, "b"),
+        (5, None, "b"),
+        (6, 2.8, "b"),
+    ]:
         told = None if loss is None else evaluation(loss, holdout=holdout * 64)
         site.publish(step, evaluation=told)
         best.append(int(site.pointed("best.json").split("-")[2]))
     assert best == [1, 2, 2, 4, 4, 6]
 
 
-@pytest.mark.parametrize("latest", [None, b"", b"{garbled", b'{"format_version": 1, "id": "../../x"}', "dangling", "behind"])
+@pytest.mark.parametrize(
+    "latest", [None, b"", b"{garbled", b'{"format_version": 1, "id": "../../x"}', "dangling", "behind"]
+)
 def test_repair_points_latest_at_the_highest_manifest(site: Site, latest: bytes | str | None) -> None:
     first, second = site.publish(1), site.publish(2)
     match latest:
@@ -274,7 +267,9 @@ def test_repair_points_latest_at_the_highest_manifest(site: Site, latest: bytes 
         case bytes():
             site.store.replace("latest.json", latest)
     Publisher(site.store).repair()
-    assert Pointer.from_bytes(site.store.read("latest.json", 1 << 20), "here") == Pointer.to(second.manifest, second.data)
+    assert Pointer.from_bytes(site.store.read("latest.json", 1 << 20), "here") == Pointer.to(
+        second.manifest, second.data
+    )
 
 
 def test_repair_passes_over_a_manifest_that_cannot_be_read(site: Site) -> None:
@@ -363,28 +358,17 @@ def test_a_manifest_that_cannot_be_read_is_left_alone(site: Site) -> None:
     assert ids(site, "manifest.json") == ids(site, "model.safetensors") == [1, 3]
 
 
-def test_retention_cut_anywhere_goes_on_later(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retention_cut_anywhere_goes_on_later(tmp_path: Path, url: str) -> None:
     site = Site(tmp_path, url)
     for step in range(1, 4):
         site.publish(step, loss_x=None)
         site.clock.now_s += 10_000
     cuts = 0
     for n in range(1, 60):
-        left = n
-        with monkeypatch.context() as patch:
-            for verb in ("replace", "delete", "read"):
-
-                def counted(*arguments: Any, real: Any = getattr(Store, verb), **options: Any) -> Any:
-                    nonlocal left
-                    left -= 1
-                    if left == 0:
-                        raise Cut
-                    return real(*arguments, **options)
-
-                patch.setattr(Store, verb, counted)
+        with faults.cut_at(n, ("replace", "delete", "read")):
             try:
                 Publisher(site.store, clock=site.clock).retain(keep=1, grace_s=0)
-            except Cut:
+            except faults.Cut:
                 cuts += 1
         manifests, data = ids(site, "manifest.json"), ids(site, "model.safetensors")
         assert set(manifests) <= set(data) and 3 in manifests and site.pointed()[-1] == "3"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from anytimed.contracts import AnytimedError, Refused, chain
 from anytimed.contracts import Journal as JournalProtocol
 from anytimed.storage.journal import Journal
+from hypothesis import given
+from hypothesis import strategies as st
+
 from tests.storage import faults
 from tests.storage.material import flip
 
@@ -48,13 +48,22 @@ def test_scopes_are_numbered_and_chained_apart(path: Path) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=4), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
-@given(st.lists(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=4), json_values, max_size=3), max_size=4))
+@given(
+    st.lists(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=4), json_values, max_size=3), max_size=4)
+)
 def test_any_entries_come_back(tmp_path_factory: pytest.TempPathFactory, entries: list[dict[str, Any]]) -> None:
     path = tmp_path_factory.mktemp("j") / "journal.jsonl"
     journal = Journal(path)
@@ -66,9 +75,9 @@ def test_any_entries_come_back(tmp_path_factory: pytest.TempPathFactory, entries
 
 def test_what_callers_do_to_entries_stays_with_them(path: Path) -> None:
     journal = Journal(path)
-    entry = {"files": ["a"], 7: "seven"}
+    entry: dict[Any, Any] = {"files": ["a"], 7: "seven"}
     journal.append("s", entry)
-    entry["files"].append("b")  # type: ignore[attr-defined]
+    entry["files"].append("b")
     journal.entries("s")[0]["files"].append("c")
     assert journal.entries("s") == [{"files": ["a"], "7": "seven"}]
     assert Journal(path).digest("s") == journal.digest("s")
@@ -102,7 +111,7 @@ def test_a_damaged_line_is_refused_by_number_and_kept(path: Path) -> None:
         flip(path, at)
         if at == ends[-1]:  # without its end the last line is a torn one
             continue
-        with pytest.raises(Refused, match="line [1-4]:") as caught:
+        with pytest.raises(Refused, match=r"line [1-4]:") as caught:
             Journal(path)
         assert str(path) in str(caught.value)
         path.write_bytes(whole)
@@ -118,10 +127,12 @@ def test_a_missing_line_breaks_the_chain(path: Path) -> None:
 
 def test_appends_from_many_threads_keep_the_chain(path: Path) -> None:
     journal = Journal(path)
-    threads = [
-        threading.Thread(target=lambda s=str(i % 2): [journal.append(s, {"i": n}) for n in range(10)])  # type: ignore[misc]
-        for i in range(4)
-    ]
+
+    def append(scope: str) -> None:
+        for n in range(10):
+            journal.append(scope, {"i": n})
+
+    threads = [threading.Thread(target=append, args=(str(i % 2),)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

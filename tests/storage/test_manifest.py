@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from anytimed.contracts import CorruptError, Evaluation
+from anytimed.storage.manifest import CheckpointId, CommitManifest, FileEntry, Manifest, NewerFormat, Pointer, base_name
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anytimed.contracts import CorruptError, Evaluation
-from anytimed.storage.manifest import CheckpointId, CommitManifest, Manifest, NewerFormat, Pointer, base_name
 from tests.storage.material import evaluation
 
 SHA = "0123456789abcdef" * 4
@@ -36,6 +36,11 @@ def manifest(**changes: Any) -> Manifest:
         "flags": [],
     }
     return Manifest(**{**fields, **changes})
+
+
+def commit_manifest() -> CommitManifest:
+    files = [FileEntry(name="state.json", size=1, sha256=SHA)]
+    return CommitManifest(run_id="r", seq=2, term=1, step=3, parent=1, created="t", files=files)
 
 
 def changed(**changes: Any) -> bytes:
@@ -68,7 +73,24 @@ def test_a_newer_format_says_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "..", ".", "/etc/passwd", "a/b", "a\\b", "a\0", "", ".hidden", "-rf", "a\n", "C:x", "x" * 201, "manifest.json", "Manifest.JSON", "é"],
+    [
+        "../x",
+        "..",
+        ".",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "a\0",
+        "",
+        ".hidden",
+        "-rf",
+        "a\n",
+        "C:x",
+        "x" * 201,
+        "manifest.json",
+        "Manifest.JSON",
+        "é",
+    ],
 )
 def test_hostile_names_are_refused(name: str) -> None:
     entry = {"name": name, "size": 1, "sha256": SHA}
@@ -102,14 +124,16 @@ def test_hostile_names_are_refused(name: str) -> None:
     ids=str,
 )
 def test_what_does_not_fit_is_corrupt(changes: dict[str, Any]) -> None:
-    with pytest.raises(CorruptError, match="^here: "):
+    with pytest.raises(CorruptError, match=r"^here: "):
         Manifest.from_bytes(changed(**changes), "here")
 
 
-@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 200_000, b'{"format_version": NaN}', b"1e999"])
+@pytest.mark.parametrize(
+    "data", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 200_000, b'{"format_version": NaN}', b"1e999"]
+)
 def test_garbage_is_corrupt(data: bytes) -> None:
     for form in (Manifest, Pointer, CommitManifest):
-        with pytest.raises(CorruptError, match="^here: "):
+        with pytest.raises(CorruptError, match=r"^here: "):
             form.from_bytes(data, "here")
 
 
@@ -133,21 +157,19 @@ def test_no_damage_is_anything_but_corrupt(junk: bytes, at: int, cut: int) -> No
 
 
 def test_every_flipped_bit_of_a_commits_manifest_shows() -> None:
-    whole = CommitManifest(
-        run_id="r", seq=2, term=1, step=3, parent=1, created="t", files=[{"name": "a", "size": 1, "sha256": SHA}]  # type: ignore[list-item]
-    )
+    whole = commit_manifest()
     data = whole.to_bytes()
     assert CommitManifest.from_bytes(data, "here") == whole
     for at in range(len(data) - 1):  # the last is the line's end, which says nothing
         for bit in range(8):
             damaged = bytearray(data)
             damaged[at] ^= 1 << bit
-            with pytest.raises(CorruptError, match="^here: "):
+            with pytest.raises(CorruptError, match=r"^here: "):
                 CommitManifest.from_bytes(bytes(damaged), "here")
 
 
 def test_a_commits_manifest_of_a_newer_format_is_no_damage() -> None:
-    newer = CommitManifest.model_construct(format_version=2, run_id="r", files=[])
+    newer = commit_manifest().model_copy(update={"format_version": 2})
     with pytest.raises(NewerFormat, match="pip install -U anytimed"):
         CommitManifest.from_bytes(newer.to_bytes(), "here")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from anytimed.storage.retention import Published, retirable, superseded
 from hypothesis import given
 from hypothesis import strategies as st
-
-from anytimed.storage.retention import Published, retirable, superseded
 
 orders = st.tuples(st.integers(0, 3), st.integers(0, 9))
 
 
 @given(st.sets(orders), st.sets(orders), st.integers(2, 4))
-def test_superseded_keeps_the_newest_verified(present: set[tuple[int, int]], extra: set[tuple[int, int]], keep: int) -> None:
+def test_superseded_keeps_the_newest_verified(
+    present: set[tuple[int, int]], extra: set[tuple[int, int]], keep: int
+) -> None:
     verified = present & extra
     going = set(superseded(present, verified, keep))
     left = verified - going

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-
 from anytimed.contracts import AnytimedError, ConfigError, Refused
 from anytimed.storage.commits import Commits
 from anytimed.storage.run_directory import RunDirectory
+
 from tests.storage.material import acquired, snapshot
 
 HOLDER = """
@@ -135,7 +135,7 @@ def test_a_folder_with_other_things_is_not_taken_over(tmp_path: Path) -> None:
     (home / "thesis.txt").write_text("")
     with pytest.raises(ConfigError, match="holds other things"):
         RunDirectory(home).acquire()
-    assert os.listdir(home) == ["thesis.txt"] and stat.S_IMODE(home.stat().st_mode) == 0o755
+    assert [p.name for p in home.iterdir()] == ["thesis.txt"] and stat.S_IMODE(home.stat().st_mode) == 0o755
     with pytest.raises(ConfigError, match="a file"):
         RunDirectory(home / "thesis.txt").acquire()
 

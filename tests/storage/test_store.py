@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
-
 from anytimed.contracts import ConfigError, CorruptError
 from anytimed.storage import store as store_module
 from anytimed.storage.durable import write_durably
 from anytimed.storage.store import MissingKey, Store, StoreError, check_key
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from tests.storage import faults
 from tests.storage.material import tree
 from tests.storage.object_store import ObjectStore
@@ -74,7 +74,7 @@ def test_of_many_that_create_one_wins(local_url: str) -> None:
     for thread in threads:
         thread.join()
     assert len(won) == 1 and store.read("m.json", 10) == won[0]
-    assert os.listdir(local_url) == ["m.json"]
+    assert list(tree(Path(local_url))) == ["m.json"]
 
 
 def test_a_store_that_ignores_conditions_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,12 @@ def test_a_store_that_never_answers_meets_our_deadline(tmp_path: Path) -> None:
 def test_credentials_never_appear(tmp_path: Path) -> None:
     store = Store(
         "objects://user:pass%40word@host/bucket",
-        {"denied": True, "secret": "hunter2-hunter2", "client": {"token": "tok-123456"}, "endpoint_url": "http://minio:9000"},
+        {
+            "denied": True,
+            "secret": "hunter2-hunter2",
+            "client": {"token": "tok-123456"},
+            "endpoint_url": "http://minio:9000",
+        },
     )
     with pytest.raises(StoreError) as caught:
         store.replace("m", b"x")
@@ -153,13 +158,15 @@ def test_chained_and_unknown_urls_say_what_is_expected() -> None:
         Store("nosuch://x")
 
 
-@pytest.mark.parametrize("key", ["..", "a/../b", "/a", "a//b", "a\\b", "a\0b", "a/", "", ".hidden", "a/.tmp-x", "a\n", "é", "-rf"])
+@pytest.mark.parametrize(
+    "key", ["..", "a/../b", "/a", "a//b", "a\\b", "a\0b", "a/", "", ".hidden", "a/.tmp-x", "a\n", "é", "-rf"]
+)
 def test_keys_that_could_leave_the_prefix_are_refused(key: str, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "inside"))
     for use in (lambda: store.replace(key, b""), lambda: store.read(key, 1), lambda: store.delete(key)):
         with pytest.raises(ValueError, match="is no key"):
             use()
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @given(st.text(st.sampled_from("ab./\\\0-_~% \n\u2024é"), max_size=12) | st.text(max_size=20))

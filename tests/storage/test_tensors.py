@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+from anytimed.contracts import CorruptError, HostTensor
+from anytimed.storage import durable, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from anytimed.contracts import CorruptError, HostTensor
-from anytimed.storage import durable, tensors
 from tests.storage.material import flip, tensor
 
 MIXED = {
@@ -85,7 +85,9 @@ def test_every_tensor_is_aligned_to_its_type(tmp_path: Path) -> None:
 def test_read_header_says_what_was_written(tmp_path: Path) -> None:
     tensors.write(tmp_path / "f", MIXED, {"format": "pt"})
     header = tensors.read_header(tmp_path / "f")
-    assert {n: (p.dtype, p.shape) for n, p in header.tensors.items()} == {n: (t.dtype, t.shape) for n, t in MIXED.items()}
+    assert {n: (p.dtype, p.shape) for n, p in header.tensors.items()} == {
+        n: (t.dtype, t.shape) for n, t in MIXED.items()
+    }
     assert header.metadata == {"format": "pt"}
 
 

@@ -1,9 +1,10 @@
 """The journal: decisions that change the numbers, durable before they take effect.
 
-One JSON object a line: {"scope", "n", "digest", "entry", "crc"}; entries of a scope are numbered from 1 and chained by
-digest (`contracts.chain`), `crc` is the CRC-32 of the line before it. Opening reads and checks every line. A last line that never reached the disk as a whole is
-dropped and logged: its append never returned. Any other line that does not fit is refused, for replaying past it
-would train something else. An append is one write and one fsync under a lock.
+One JSON object a line: {"scope", "n", "digest", "entry", "crc"}; entries of a scope are numbered from 1 and chained
+by digest (`contracts.chain`), `crc` is the CRC-32 of the line before it. Opening reads and checks every line. A last
+line that never reached the disk as a whole is dropped and logged: its append never returned. Any other line that does
+not fit is refused, for replaying past it would train something else. An append is one write and one fsync under a
+lock.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ class Target:
         standing = self.current()
         if standing is not None and (standing.id == manifest.id or (standing.order > manifest.order and not asked)):
             return
-        temporary = self.path / f".tmp-current-{secrets.token_hex(4)}"
+        temporary = self.path / ".tmp-current"  # one name is enough under the lock, and what a killed pull left goes
+        temporary.unlink(missing_ok=True)
         temporary.symlink_to(Path("versions") / manifest.id)
         temporary.rename(current)
         fsync_folder(self.path)
@@ -138,7 +139,7 @@ class Target:
     def _attempt(self, ident: str) -> Iterator[Path]:
         """A folder of our own to download into, locked while we live. Folders of killed pulls are removed."""
         with self._locked():
-            for leftover in (*self._versions.glob(".tmp-*"), *self.path.glob(".tmp-*")):
+            for leftover in self._versions.glob(".tmp-*"):
                 _remove_unless_locked(leftover)
             folder = self._versions / f".tmp-{ident}-{secrets.token_hex(4)}"
             folder.mkdir()
@@ -152,9 +153,6 @@ class Target:
 
 
 def _remove_unless_locked(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
