@@ -1,9 +1,10 @@
 """Exports cost nothing that matters: 10-step wall times with an export every 10 steps against none.
 
-The quickstart configuration, the daemon's own loop, in one process: segments of 10 steps alternate between one that begins
-with an export and one without. The segment's time includes everything that goes on beside it, building, hashing, writing and
-publishing; an export that is not published when its segment ends is waited for at that segment's cost. Every published x is
-compared bit for bit with the optimizer's x at that step. Timers, evaluations and commits are off in both.
+The quickstart configuration, the daemon's own loop, in one process: segments of 10 steps alternate between one that
+begins with an export and one without. The segment's time includes everything that goes on beside it, building,
+hashing, writing and publishing; an export that is not published when its segment ends is waited for at that segment's
+cost. Every published x is compared bit for bit with the optimizer's x at that step. Timers, evaluations and commits
+are off in both.
 
     .venv/bin/python benchmarks/export_stall.py [--segments 40] [--config configs/quickstart.toml]
 """
@@ -19,14 +20,15 @@ import time
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
 from anytimed.config import Config, load
 from anytimed.contracts import Batch
 from anytimed.service.console import View
 from anytimed.service.loop import Daemon
 from anytimed.service.recovery import recover
 from anytimed.service.requests import Mailbox
-from rich.console import Console
-from safetensors.torch import load_file
 
 STEPS = 10
 WARMUP_SEGMENTS = 4
@@ -59,7 +61,9 @@ class Timed(Daemon):
             self._begin_export(None)
             self.stalls.append(time.perf_counter() - stepped)
             self._expected = {name: x.clone() for name, x in self._learner._at("x").items()}
-            self._began += time.perf_counter() - self.stalls[-1] - stepped  # the copy to compare with is not the product's
+            self._began += (
+                time.perf_counter() - self.stalls[-1] - stepped
+            )  # the copy to compare with is not the product's
         elif not exporting:
             self.plain_steps.append(stepped - before)
         self._in_segment += 1
@@ -99,7 +103,9 @@ def quiet(config: Config, folder: Path) -> Config:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--segments", type=int, default=40, help="measured segments of 10 steps, half of them exporting")
+    parser.add_argument(
+        "--segments", type=int, default=40, help="measured segments of 10 steps, half of them exporting"
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/export_stall.json"))
     arguments = parser.parse_args()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from anytimed.config import Config, explain, load
-from anytimed.contracts import ConfigError
-from anytimed.service.assembly import parts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
+from anytimed.config import Config, explain, load
+from anytimed.contracts import ConfigError
+from anytimed.service.assembly import parts_of
 
 ROOT = Path(__file__).parent.parent
 BAD = sorted((Path(__file__).parent / "configs_bad").glob("*.toml"))
@@ -46,7 +47,8 @@ def test_the_starter_loads_and_its_commented_lines_are_the_defaults(tmp_path: Pa
     shows_default = (
         "seed", "device", "threads", "precision", "deterministic", "compile", "prefetch_batches", "discover",
         "fraction", "shuffle_block_sequences", "max_tokens", "record_tokens", "clip_grad_norm", "keep = ", "dtype",
-        "delete_after_s", "max_shard_bytes", "drain_s", "every_steps = 10 ", "every_steps = 100 ", "every_s = 300", "weight = ",
+        "delete_after_s", "max_shard_bytes", "drain_s", "every_steps = 10 ", "every_steps = 100 ", "every_s = 300",
+        "weight = ",
     )  # fmt: skip
     lines = [
         line.removeprefix("# ") if line.removeprefix("# ").startswith(shows_default) and line.startswith("# ") else line

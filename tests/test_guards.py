@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-import anytimed
 import pytest
 import typer
+from pydantic import BaseModel
+from typer.core import TyperGroup
+
+import anytimed
 from anytimed import optim, registry
 from anytimed.cli import app
 from anytimed.config import Config
-from pydantic import BaseModel
-from typer.core import TyperGroup
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (ROOT / "daemon/anytimed", ROOT / "adapters/anytimed_adapters")

@@ -1,4 +1,5 @@
-"""A tiny run for tests: a config of a few thousand parameters, text to read, and the command line in a process of its own."""
+"""A tiny run for tests: a config of a few thousand parameters, text to read, and the command line in a process of its
+own."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anytimed.contracts import Json
 from safetensors.torch import load_file
 
-WORDS = "stream batch step weight average gradient commit export token record block loss model data".split()
+from anytimed.contracts import Json
+
+WORDS = ["stream", "batch", "step", "weight", "average", "gradient", "commit", "export", "token", "record", "block"]
 
 OPTIMIZERS = {
     "sf_normuon": {"lr": 0.03, "aux_lr": 0.02, "warmup_steps": 10},
@@ -24,8 +26,8 @@ OPTIMIZERS = {
 
 
 def write_text(folder: Path, count: int, *, seed: int = 3, words: int = 120, prefix: str = "doc") -> list[Path]:
-    """`count` files of a few hundred bytes, each with a line of its own that says which it is. Written at the same moment
-    whenever they are written: the time of a file is part of its identity in the journal."""
+    """`count` files of a few hundred bytes, each with a line of its own that says which it is. Written at the same
+    moment whenever they are written: the time of a file is part of its identity in the journal."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     made = []

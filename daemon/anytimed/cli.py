@@ -2,16 +2,17 @@
 
 Commands that read (`status`, `list`, `pull`) import no torch. A failure that a person can act on is one message on
 standard error and the exit code of its kind: 1 failure, 2 bad usage or config, 3 refused, 4 pulled an older checkpoint
-than the newest. """
+than the newest."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +52,7 @@ def init(
         raise ConfigError(f"{path}: exists already; name another file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from None
-    out.print(f"Wrote {path}. Next: anytimed check {path}", markup=False)
+    _say(f"Wrote {path}. Next: {_myself()} check {path}")
 
 
 @app.command()
@@ -98,12 +99,11 @@ def run(
         finally:
             session.run.release()
     status = daemon.status_now()
-    if status["commit"]:
-        out.print(
-            f"Committed step {status['commit']['step']} in {status['commit']['path']}", markup=False, soft_wrap=True
-        )
-    out.print(f"Go on:  anytimed run {path}", markup=False, soft_wrap=True)
-    out.print(f"Pull:   anytimed pull {config.exports.url} --to DIR", markup=False, soft_wrap=True)
+    with suppress(OSError):  # the terminal may be gone by now
+        if status["commit"]:
+            _say(f"Committed step {status['commit']['step']} in {status['commit']['path']}")
+        _say(f"Go on:  {_myself()} run {path}")
+        _say(f"Pull:   {_myself()} pull {config.exports.url} --to DIR")
 
 
 @app.command()
@@ -121,7 +121,7 @@ def status(where: Run, as_json: AsJson = False) -> None:
         sys.stdout.write(json.dumps(found) + "\n")
         return
     if found["state"].startswith("not running"):
-        out.print(f"No daemon runs; this is what it said {ago(time.time() - found['time'])} ago.")
+        _say(f"No daemon runs; this is what it said {ago(time.time() - found['time'])} ago.")
     out.print(table(found, time.time()))
 
 
@@ -136,8 +136,8 @@ def export(where: Run) -> None:
             answer = ask(folder / "control.sock", "POST", "/export")
     except OSError:
         raise AnytimedError(f"no daemon answers in {folder}; start it with `anytimed run CONFIG`") from None
-    out.print(f"Published {answer['checkpoint']} (step {answer['step']})", markup=False, soft_wrap=True)
-    out.print(f"Pull:  anytimed pull {answer['url']} --to DIR", markup=False, soft_wrap=True)
+    _say(f"Published {answer['checkpoint']} (step {answer['step']})")
+    _say(f"Pull:  {_myself()} pull {answer['url']} --to DIR")
 
 
 @app.command()
@@ -152,8 +152,8 @@ def pull(
     with _progress("pulling") as progress:
         pulled = fetch(url, to, checkpoint=checkpoint, progress=progress)
     manifest = pulled.manifest
-    out.print(f"{manifest.id}: step {manifest.step:,}, {manifest.tokens:,} tokens", markup=False, highlight=False)
-    out.print(f"{to / 'current'}", markup=False, soft_wrap=True, highlight=False)
+    _say(f"{manifest.id}: step {manifest.step:,}, {manifest.tokens:,} tokens")
+    _say(f"{to / 'current'}")
     if pulled.fell_back:
         err.print(f"The newest checkpoint was damaged; {manifest.id} is the newest good one.", markup=False)
         raise typer.Exit(4)
@@ -248,6 +248,16 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
 
         yield show
+
+
+def _say(text: str) -> None:
+    """A line as it is: no colours, no wrapping, so that it can be copied."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _myself() -> str:
+    """How this command was called: `anytimed` where that is on the PATH, else the path that was typed."""
+    return "anytimed" if shutil.which("anytimed") else sys.argv[0]
 
 
 def _plain(text: str) -> Any:

@@ -159,7 +159,7 @@ class Position:
 
     All but `index` describe the block's start: what of the journal was in effect, the next draw, every source's place,
     the tokens that were left over in the packer, and the hold-out before the block was read. Resuming re-reads one
-    block. """
+    block."""
 
     journal_length: int = 0
     journal_digest: str = ""
@@ -209,7 +209,7 @@ class Batch:
     """tokens: (batch, sequence_length + 1), inputs and the targets one to the right.
 
     `position` resumes after this batch. `holdout` is the one in force while it is trained on. `read` says per source
-    how far reading has come at the end of this batch's block: the span of everything the model can have seen. """
+    how far reading has come at the end of this batch's block: the span of everything the model can have seen."""
 
     tokens: NDArray[np.int32]
     position: Position

@@ -1,7 +1,7 @@
 """Finds adapters by entry point and validates their tables: the second phase of reading a configuration.
 
 An adapter is a class with a nested pydantic model `Settings`. `find` looks a name up in a group and says what is
-installed when it is not there; `settings` validates a raw table with the adapter's own model. """
+installed when it is not there; `settings` validates a raw table with the adapter's own model."""
 
 from __future__ import annotations
 

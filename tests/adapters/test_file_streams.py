@@ -9,12 +9,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, Stream, StreamUnavailable
 from anytimed.testing.streams import StreamContract, digests, texts
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 
 def jsonl(folder: Path | str, **more: object) -> JsonLines:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from anytimed.contracts import ConfigError
-from anytimed_adapters.models.llama import LlamaModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+
+from anytimed.contracts import ConfigError
+from anytimed_adapters.models.llama import LlamaModel
 
 VOCAB = 61
 

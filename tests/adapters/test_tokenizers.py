@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anytimed.contracts import ConfigError
-from anytimed_adapters.tokenizers.bytes import ByteTokenizer
-from anytimed_adapters.tokenizers.huggingface import HuggingFaceTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from anytimed.contracts import ConfigError
+from anytimed_adapters.tokenizers.bytes import ByteTokenizer
+from anytimed_adapters.tokenizers.huggingface import HuggingFaceTokenizer
 
 TEXTS = [
     "",

@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from anytimed.contracts import ConfigError, Holdout
 from anytimed.data.holdout import HoldoutKeeper
 from anytimed.data.mixture import Mixture
 from anytimed.data.packer import Packer
 from anytimed.data.shuffle import permutation
-from hypothesis import given
-from hypothesis import strategies as st
 
 # --- mixture ----------------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from anytimed.optim import AMUSE, ScheduleFree, SFAdamW, SFNorMuon, param_groups
 from torch import Tensor, nn
+
+from anytimed.optim import AMUSE, ScheduleFree, SFAdamW, SFNorMuon, param_groups
 
 OPTIMIZERS: dict[str, Callable[..., ScheduleFree]] = {"sf_normuon": SFNorMuon, "amuse": AMUSE, "sf_adamw": SFAdamW}
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from anytimed.optim import averaging
 from anytimed.optim.averaging import Clock, average_, gradient_point
 from anytimed.optim.scratch import Scratch
-from torch import Tensor
-
 from tests.optim.cases import OPTIMIZERS, build, differing, everything, gradients, parameters, walk
 
 CPU = torch.device("cpu")

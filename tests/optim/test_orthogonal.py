@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from anytimed.optim.neuron_norm import rescale_, row_squares, second_moment
 from anytimed.optim.orthogonal import polar, working_dtype
 from anytimed.optim.scratch import Scratch
-
 from tests.reference.schedule_free import polar as polar64
 
 SHAPES = [(1, 9), (9, 1), (1, 1), (16, 16), (8, 40), (40, 8), (63, 65)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from anytimed.optim import SFAdamW, SFNorMuon, param_groups
 from torch import nn
+
+from anytimed.optim import SFAdamW, SFNorMuon, param_groups
 
 
 class Tied(nn.Module):

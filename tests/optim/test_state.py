@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from anytimed.optim import ScheduleFree, param_groups
 from torch import nn
 
+from anytimed.optim import ScheduleFree, param_groups
 from tests.optim.cases import OPTIMIZERS, ROLES, build, differing, everything, gradients, parameters, walk
 
 DTYPES = [torch.float32, torch.bfloat16]

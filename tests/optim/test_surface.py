@@ -7,12 +7,12 @@ import inspect
 import re
 from pathlib import Path
 
-import anytimed.optim
 import pytest
 import torch
-from anytimed.optim import averaging
 from torch import Tensor, nn
 
+import anytimed.optim
+from anytimed.optim import averaging
 from tests.optim.cases import OPTIMIZERS, build, differing, everything, gradients, parameters, walk
 
 ROOM = Path(anytimed.optim.__file__).parent

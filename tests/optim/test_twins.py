@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from anytimed.optim import AMUSE
 from torch import Tensor
 
+from anytimed.optim import AMUSE
 from tests.optim.cases import ROLES, build, gradients, parameters, walk
 from tests.reference.schedule_free import AMUSETwin, SFAdamWTwin, SFNorMuonTwin, Twin
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from anytimed.storage.store import Store
@@ -62,6 +63,53 @@ def error(number: int) -> Callable[[str, tuple[Any, ...]], None]:
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+Event = tuple[str, Path, Path | None]
+"""A call, the file that it was about, and for a rename where to."""
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Event]]:
+    """What is written, fsynced and renamed, in order."""
+    events: list[Event] = []
+    write, fsync, rename = os.write, os.fsync, os.rename
+
+    def name(file: int) -> Path:
+        return Path(f"/proc/self/fd/{file}").readlink()
+
+    def written(file: int, data: bytes) -> int:
+        events.append(("write", name(file), None))
+        return write(file, data)
+
+    def synced(file: int) -> None:
+        events.append(("fsync", name(file), None))
+        fsync(file)
+
+    def renamed(source: Path, goal: Path) -> None:
+        events.append(("rename", Path(source), Path(goal)))
+        rename(source, goal)
+
+    try:
+        os.write, os.fsync, os.rename = written, synced, renamed  # type: ignore[assignment]
+        yield events
+    finally:
+        os.write, os.fsync, os.rename = write, fsync, rename
+
+
+def check_order(events: list[Event], goal: Path) -> None:
+    """`goal`, a file or folder, became durable before it could be seen, and its name after."""
+    (at,) = (i for i, (call, _, to) in enumerate(events) if call == "rename" and to == goal)
+    source = events[at][1]
+    inside = [source / p.name for p in goal.iterdir()] if goal.is_dir() else [source]
+    files_done = []
+    for file in inside:
+        last_write = max(i for i, event in enumerate(events) if event == ("write", file, None))
+        files_done.append(events.index(("fsync", file, None), last_write))
+    if goal.is_dir():
+        files_done.append(events.index(("fsync", source, None), max(files_done)))
+    assert max(files_done) < at, f"{goal} was renamed before it was durable"
+    assert ("fsync", goal.parent, None) in events[at:], f"the name of {goal} was not made durable"
 
 
 class Cut(Exception):

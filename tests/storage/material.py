@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from anytimed.contracts import Evaluation, HostTensor, Snapshot
 from anytimed.storage.exports import ExportContent, Publisher, Spool, SpoolItem
 from anytimed.storage.run_directory import RunDirectory

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+
 from anytimed.contracts import AnytimedError, CorruptError, Refused, Snapshot
 from anytimed.storage import tensors
 from anytimed.storage.commits import Commit, CommitFailed, Commits
+from anytimed.storage.durable import digest_of
 from anytimed.storage.manifest import CommitManifest, NewerFormat
 from anytimed.storage.run_directory import RunDirectory
-from safetensors import safe_open
-
 from tests.storage import faults
 from tests.storage.material import acquired, flip, snapshot, tensor, tree
 
@@ -275,6 +276,24 @@ def test_retention_without_enough_good_ones_deletes_nothing(run: RunDirectory) -
     flip(made[0].path / "state.json", 2)
     assert again(run).retain(2) == []
     assert names(run) == [1]  # damaged, but the last: for a person
+
+
+def test_retention_reads_a_commit_once_only(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [write(Commits(run), step) for step in range(1, 4)]
+    read: list[Path] = []
+
+    def counted(path: Path) -> tuple[int, str]:
+        read.append(path)
+        return digest_of(path)
+
+    monkeypatch.setattr("anytimed.storage.commits.digest_of", counted)
+    commits = again(run)
+    commits.retain(2)
+    assert {path.parent for path in read} == {commit.path for commit in made[1:]}
+    read.clear()
+    write(commits, 4)  # known from writing it
+    commits.retain(3)
+    assert read == []
 
 
 def test_ten_crashed_commits_then_retention(run: RunDirectory) -> None:

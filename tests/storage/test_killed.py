@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from anytimed.storage.commits import Commits
 
+from anytimed.storage.commits import Commits
 from tests.storage.material import acquired
 
 ROOT = Path(__file__).parents[2]

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from anytimed.contracts import CorruptError, Evaluation
-from anytimed.storage.manifest import CheckpointId, CommitManifest, FileEntry, Manifest, NewerFormat, Pointer, base_name
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anytimed.contracts import CorruptError, Evaluation
+from anytimed.storage.manifest import CheckpointId, CommitManifest, FileEntry, Manifest, NewerFormat, Pointer, base_name
 from tests.storage.material import evaluation
 
 SHA = "0123456789abcdef" * 4

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
 from anytimed.contracts import AnytimedError, ConfigError, CorruptError, Refused
 from anytimed.storage.exports import Publisher, SpoolItem
 from anytimed.storage.manifest import CheckpointId, NewerFormat
 from anytimed.storage.pull import latest, list_checkpoints, pull
 from anytimed.storage.store import MissingKey
-from safetensors import safe_open
-from safetensors.numpy import load_file
-
 from tests.storage.material import Site, content, flip, tensor, tree
 
 
@@ -297,6 +297,19 @@ def test_a_running_pulls_folder_is_left_alone(site: Site, to: Path) -> None:
     assert pull(site.url, to, progress=another).path == inner[0] and clean(to)
 
 
+def test_a_slow_pull_does_not_flip_back_what_a_quicker_one_flipped(site: Site, to: Path) -> None:
+    first = site.publish(1)
+    newer: list[str] = []
+
+    def another(done: int, total: int) -> None:
+        if not newer:
+            newer.append(site.publish(2).id)
+            pull(site.url, to)
+
+    assert pull(site.url, to, progress=another).manifest == first.manifest
+    assert current(to) == newer[0]
+
+
 def test_a_full_disk_is_said_and_leaves_what_was(site: Site, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = site.publish(1)
     pull(site.url, to)
@@ -305,7 +318,7 @@ def test_a_full_disk_is_said_and_leaves_what_was(site: Site, to: Path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
             patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            with pytest.raises(AnytimedError, match="bytes free|No space left") as caught:
+            with pytest.raises(AnytimedError, match=r"bytes free|No space left") as caught:
                 pull(site.url, to)
         assert not isinstance(caught.value, CorruptError) and current(to) == first.id and clean(to)
 

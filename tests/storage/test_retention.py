@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from anytimed.storage.retention import Published, retirable, superseded
 from hypothesis import given
 from hypothesis import strategies as st
+
+from anytimed.storage.retention import Published, retirable, superseded
 
 orders = st.tuples(st.integers(0, 3), st.integers(0, 9))
 

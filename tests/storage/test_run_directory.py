@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+
 from anytimed.contracts import AnytimedError, ConfigError, Refused
 from anytimed.storage.commits import Commits
 from anytimed.storage.run_directory import RunDirectory
-
 from tests.storage.material import acquired, snapshot
 
 HOLDER = """

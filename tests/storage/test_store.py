@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from anytimed.contracts import ConfigError, CorruptError
 from anytimed.storage import store as store_module
 from anytimed.storage.durable import write_durably
 from anytimed.storage.store import MissingKey, Store, StoreError, check_key
-from hypothesis import example, given
-from hypothesis import strategies as st
-
 from tests.storage import faults
 from tests.storage.material import tree
 from tests.storage.object_store import ObjectStore
@@ -35,7 +35,7 @@ def test_what_was_put_is_read_listed_and_deleted(url: str, tmp_path: Path) -> No
     store.delete("a/b.json")
     store.delete("a/b.json")
     assert not store.exists("a/b.json") and store.exists("a/c/d.bin")
-    with pytest.raises(MissingKey, match="a/b.json: not there"):
+    with pytest.raises(MissingKey, match=r"a/b.json: not there"):
         store.read("a/b.json", 10)
     with pytest.raises(MissingKey):
         list(store.download("a/b.json", 10))

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from anytimed.contracts import CorruptError, HostTensor
-from anytimed.storage import durable, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from anytimed.contracts import CorruptError, HostTensor
+from anytimed.storage import durable, tensors
 from tests.storage.material import flip, tensor
 
 MIXED = {

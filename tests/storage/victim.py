@@ -21,7 +21,6 @@ from pathlib import Path
 from anytimed.storage.commits import CommitFailed, Commits
 from anytimed.storage.pull import pull
 from anytimed.storage.run_directory import RunDirectory
-
 from tests.storage import faults
 from tests.storage.material import Site, acquired, snapshot
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from anytimed.contracts import Batch, CorruptError, HeldRecord, Holdout, Position
 from anytimed.optim import SFNorMuon, param_groups
 from anytimed.training.device import Device
@@ -14,7 +16,6 @@ from anytimed.training.evaluate import IGNORED, windows
 from anytimed.training.footprint import estimate
 from anytimed.training.learner import Learner
 from anytimed_adapters.models.llama import LlamaModel
-from safetensors.torch import save_file
 
 VOCAB, LENGTH = 23, 12
 
@@ -59,7 +60,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
         if number in (0, 3):
             before, clocks = state(disturbed), disturbed.optimizer.clock_state()
             loss = disturbed.model.loss
-            disturbed.model.loss = lambda module, tokens: loss(module, tokens) * float("nan")  # type: ignore[method-assign]
+            disturbed.model.loss = lambda *at, loss=loss: loss(*at) * float("nan")  # type: ignore[method-assign]
             disturbed.step(batch(99))
             disturbed.model.loss = loss  # type: ignore[method-assign]
             assert same(before, state(disturbed))

@@ -13,9 +13,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from anytimed.contracts import ConfigError, Json, Role
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from anytimed.contracts import ConfigError, Json, Role
 
 
 class LlamaSettings(BaseModel):

@@ -25,11 +25,12 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, StreamUnavailable
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, StreamUnavailable
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

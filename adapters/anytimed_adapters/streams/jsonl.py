@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
-from anytimed.contracts import Record, Rejected
 from pydantic import Field
 
+from anytimed.contracts import Record, Rejected
 from anytimed_adapters.streams.files import Digest, FileSettings, FileStream
 
 _LOOK_BACK_BYTES = 64 << 10

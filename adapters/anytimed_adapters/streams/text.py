@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from anytimed.contracts import Record, Rejected
-
 from anytimed_adapters.streams.files import Digest, FileSettings, FileStream
 
 

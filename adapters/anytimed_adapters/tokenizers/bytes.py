@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from anytimed.contracts import Json, Tokens
 from pydantic import BaseModel, ConfigDict
+
+from anytimed.contracts import Json, Tokens
 
 _END = "<|endoftext|>"
 

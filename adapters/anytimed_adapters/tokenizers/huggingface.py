@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from anytimed.contracts import ConfigError, Json, Tokens
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
+
+from anytimed.contracts import ConfigError, Json, Tokens
 
 _USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 

@@ -5,6 +5,7 @@ it carries the time. Both show the same status, so `anytimed status` uses `table
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -133,13 +134,26 @@ class View:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._live.stop()
+
+    def hung_up(self) -> bool:
+        """Whether there was a terminal and it is gone: then SIGHUP does not mean to reload."""
+        if self._live is None:
+            return False
+        try:
+            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        except OSError:
+            return True
+        return False
 
     def show(self, status: Json, always: bool = False) -> None:
         """Refresh the table, or write a line unless one was written moments ago."""
         now = time.time()
         if self._live:
-            self._live.update(Panel(table(status, now), title=self._title, title_align="left", expand=False))
+            with contextlib.suppress(OSError):
+                panel = Panel(table(status, now), title=self._title, title_align="left", expand=False)
+                self._live.update(panel)
         elif always or now - self._last_line >= QUIET_LINE_S:
             self._last_line = now
             logging.getLogger("anytimed").info("%s", line(status, now))

@@ -247,6 +247,8 @@ class Daemon:
                 self._reader.poll()
             case requests.Retain():
                 self._outbox.retain(lambda: self._session.retain_published(self._config.exports))
+            case requests.Reload() if self._view.hung_up():
+                self._do(requests.Stop("the terminal is gone"))
             case requests.Reload():
                 self._reload()
             case requests.Committed():

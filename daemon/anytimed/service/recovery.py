@@ -178,7 +178,7 @@ def _recover(config: Config, run: RunDirectory) -> Session:
         publisher.repair()
         published = publisher.latest_term()
         if published >= run.term:
-            # Another machine's run, or a run directory that is gone, published here: what we publish has to count as newer.
+            # Another run published here, one that is gone perhaps: what we publish has to count as newer.
             run.release()
             run.acquire(at_least=published)
     except StoreError as error:

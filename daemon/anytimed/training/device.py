@@ -1,7 +1,7 @@
 """The one seam for device work: everything that differs between a CPU and CUDA goes through `Device`.
 
 In order: choosing the device; taking a batch there without blocking; autocast; copying tensors out on a side stream
-while the next step runs; the generators' states; memory and settings that make a resume exact. """
+while the next step runs; the generators' states; memory and settings that make a resume exact."""
 
 from __future__ import annotations
 

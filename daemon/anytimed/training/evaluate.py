@@ -1,7 +1,7 @@
 """Losses on the hold-out, at weights that the module does not hold.
 
 The hold-out's records become windows once per version; each set of weights is then run through `functional_call`, so
-that the module's own parameters (y) are never touched. """
+that the module's own parameters (y) are never touched."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How many bytes a configuration needs, before anything is allocated.
 
 The module and the optimizer are built on torch's `meta` device, where tensors have shapes and no storage, and are
-counted exactly; activations are the model adapter's estimate. """
+counted exactly; activations are the model adapter's estimate."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 In order: a batch goes to the device; its gradient is taken at y, over micro-batches; it is clipped once; whether loss
 and gradient are finite becomes a gate on the device, which the optimizer obeys without anybody waiting for it; what
 the step did is kept as device scalars until `reports` reads them all at once. `snapshot` and `export` copy state out,
-`restore` puts it back. Parameters hold y at all times; x and z are the optimizer's own tensors. """
+`restore` puts it back. Parameters hold y at all times; x and z are the optimizer's own tensors."""
 
 from __future__ import annotations
 

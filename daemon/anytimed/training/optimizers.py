@@ -1,7 +1,7 @@
 """The built-in optimizers as recipes: a table of the configuration in, an optimizer over a module's parameters out.
 
 The defaults are the papers' values, and the same for every horizon. `warmup_steps` is the only length anywhere, and it
-is that of the beginning. """
+is that of the beginning."""
 
 from __future__ import annotations
 
