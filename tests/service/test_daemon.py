@@ -282,3 +282,16 @@ def test_journal_lines_carry_a_priority_and_no_time(tmp_path: Path) -> None:
     lines = [line for line in told.splitlines() if "step" in line and "INFO" not in line]
     assert any(line.startswith("<6>new run") for line in told.splitlines())
     assert lines
+
+
+def test_data_rewritten_while_it_runs_ends_with_3_and_loses_no_step(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 400)
+    config = tiny.config(tmp_path, commits={"every_steps": None, "every_s": 1000.0})
+    with running(config) as process:
+        until(process, lambda: status(tmp_path)["step"] >= 40)
+        (tmp_path / "data" / "doc0000.txt").write_text("another history " * 90)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    assert "doc0000.txt" in output
+    assert "Traceback" not in output
+    assert int(tiny.newest_commit(tmp_path).name.rpartition("-")[2]) >= 40

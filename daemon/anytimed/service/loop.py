@@ -7,6 +7,7 @@ thread; other threads only post."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import os
@@ -93,6 +94,13 @@ class Daemon:
                         self._state = self._wait()
                     case State.STOPPING:
                         self._state = self._stop()
+        except AnytimedError as error:
+            # What was trained is good whatever ended the run: keep it, then say why.
+            self._problem("run", str(error))
+            self._report()
+            with contextlib.suppress(AnytimedError):  # the first error is the one to tell
+                self._final_commit()
+            raise
         finally:
             self._close()
 

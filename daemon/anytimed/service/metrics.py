@@ -6,6 +6,7 @@ Neither is read back by the training, and neither is fsynced: a full disk or a p
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,16 @@ class Metrics:
             self.failed = f"{self._status}: {error}"
 
     def write(self, kind: str, **values: Any) -> None:
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, separators=(",", ":"))
+        told = {key: _json(value) for key, value in values.items()}
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **told}, separators=(",", ":"))
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             self.failed = None
         except OSError as error:
             self.failed = f"{self._path}: {error}"
+
+
+def _json(value: Any) -> Any:
+    """JSON has no word for NaN and Inf: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,11 +32,11 @@ def fsync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def make_folders(path: Path, stop: Path | None = None, mode: int = 0o777) -> None:
+def make_folders(path: Path, mode: int = 0o777) -> None:
     """Create the folder and its missing parents, each made durable in its own parent."""
-    if path == stop or path.is_dir():
+    if path.is_dir():
         return
-    make_folders(path.parent, stop)
+    make_folders(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode)
     fsync_folder(path.parent)
