@@ -40,7 +40,7 @@ def test_an_export_is_a_hugging_face_folder(local_site: Site) -> None:
     assert bits.metadata == {"format": "pt"} and bits.tensors["model.norm.weight"].dtype == "BF16"
     assert json.loads((item.path / "config.json").read_text())["model_type"] == "llama"
     card = (item.path / "README.md").read_text()
-    for said in ("# Tiny", item.id, "step 3", "300 tokens", "3.0000", "anytimed pull", "from_pretrained", "`books`"):
+    for said in ("# Tiny", item.id, "step 3", "300 tokens", "3.0000", "anytimed pull", "from_pretrained", "| books |"):
         assert said in card
     told = Manifest.from_bytes(item.data, "here")
     assert told == item.manifest and told.evaluation == evaluation(3.0, step=3)

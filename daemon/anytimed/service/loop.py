@@ -55,7 +55,7 @@ class Daemon:
         self._parent: str | None = session.parent
         self._committed_step = session.learner.step_count if session.resumed else 0
         self._commit: Json | None = session.resumed
-        self._export: Json | None = None
+        self._export: Json | None = session.published
         self._problems: dict[str, str] = dict(session.problems)
         self._reason = ""
         self._state = State.TRAINING

@@ -7,6 +7,7 @@ snapshot of a commit and the content of an export."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -23,6 +24,7 @@ import numpy as np
 from anytimed.config import Config, ExportsTable
 from anytimed.contracts import (
     ConfigError,
+    CorruptError,
     Evaluation,
     Holdout,
     HostTensor,
@@ -38,8 +40,10 @@ from anytimed.service.assembly import Parts, differences, initial_weights, learn
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.exports import ExportContent, Publisher, Spool
 from anytimed.storage.journal import Journal
+from anytimed.storage.manifest import Manifest
+from anytimed.storage.pull import latest
 from anytimed.storage.run_directory import RunDirectory
-from anytimed.storage.store import Store, StoreError
+from anytimed.storage.store import MissingKey, Store, StoreError
 from anytimed.training.device import Device
 from anytimed.training.learner import Learner
 
@@ -65,6 +69,7 @@ class Session:
     evaluation: Evaluation | None = None
     parent: str | None = None
     resumed: Json | None = None
+    published: Json | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
 
     def snapshot(self, position: Position, evaluation: Evaluation | None, parent: str | None) -> Snapshot:
@@ -105,6 +110,8 @@ class Session:
                 config_digest=config.digest(),
                 lineage={name: {"url": self.urls[name], **at.to_json()} for name, at in sorted(read.items())},
                 interventions=skipped,
+                url=without_credentials(config.exports.url),
+                license=config.exports.model_license,
                 flags=["replay is not bit for bit: torch.compile"] if config.run.compile else [],
             )
 
@@ -174,14 +181,17 @@ def _recover(config: Config, run: RunDirectory) -> Session:
     problems: dict[str, str] = {}
     store = Store(config.exports.url, config.exports.storage_options)
     publisher = Publisher(store)
+    published: Manifest | None = None
     try:
         publisher.repair()
-        published = publisher.latest_term()
-        if published >= run.term:
+        term = publisher.latest_term()
+        if term >= run.term:
             # Another run published here, one that is gone perhaps: what we publish has to count as newer.
             run.release()
-            run.acquire(at_least=published)
-    except StoreError as error:
+            run.acquire(at_least=term)
+        with contextlib.suppress(MissingKey):
+            published = latest(config.exports.url, config.exports.storage_options)
+    except (StoreError, CorruptError) as error:
         problems["export"] = str(error)
         log.warning("%s; training goes on, exports wait", error)
 
@@ -219,11 +229,14 @@ def _recover(config: Config, run: RunDirectory) -> Session:
         position=position,
         problems=problems,
     )
+    if published is not None and published.run_id == run.run_id:
+        session.parent = published.id
+        session.published = {"step": published.step, "checkpoint": published.id, "time": published.created_s}
     if commit is None:
         log.info("new run %s in %s on %s", run.run_id, run.path, device)
         return session
     session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
-    session.parent = commit.state["parent_checkpoint"]
+    session.parent = session.parent or commit.state["parent_checkpoint"]
     session.resumed = {"step": commit.manifest.step, "path": str(commit.path), "time": time.time()}
     log.info("resumed step %d from %s on %s", commit.manifest.step, commit.path, device)
     return session

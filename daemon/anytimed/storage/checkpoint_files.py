@@ -26,6 +26,7 @@ class ExportContent:
     name.
 
     tokens: trained on up to `step`. parent: id of the checkpoint published before. lineage: per source, what was read.
+    url: the prefix as a reader would name it, without credentials; license: named in the model card.
     """
 
     step: int
@@ -41,6 +42,8 @@ class ExportContent:
     interventions: Sequence[Any] = ()
     flags: Sequence[str] = ()
     title: str = "anytimed checkpoint"
+    url: str = "URL"
+    license: str | None = None
 
 
 def write_weights(folder: Path, named: Mapping[str, HostTensor], max_shard_bytes: int) -> list[FileEntry]:
@@ -86,14 +89,17 @@ def model_card(content: ExportContent, evaluation: Evaluation | None, ident: str
             f"Held-out loss of x: **{evaluation.loss_x:.4f}** nats per token, over {evaluation.tokens:,} tokens, "
             f"evaluated at step {evaluation.step:,} on hold-out `{evaluation.holdout[:12]}`."
         )
-    read = "\n".join(
-        f"- `{source}`: {json.dumps(span, sort_keys=True)}" for source, span in sorted(content.lineage.items())
+    rows = "\n".join(
+        f"| {source} | {span.get('url', '')} | {span.get('records', 0):,} | {span.get('held_out', 0):,} "
+        f"| {span.get('tokens', 0):,} |"
+        for source, span in sorted(content.lineage.items())
     )
+    licensed = f"license: {content.license}\n" if content.license else ""
     flagged = f"\nFlags: {', '.join(content.flags)}.\n" if content.flags else ""
     return f"""---
 library_name: transformers
 tags: [anytimed]
----
+{licensed}---
 # {content.title}
 
 Checkpoint `{ident}`: the averaged weights x after step {content.step:,}, {content.tokens:,} tokens.
@@ -103,15 +109,18 @@ Training goes on; a newer one may be out.
 {flagged}
 ## Use
 
-    anytimed pull <URL of the published prefix> model/      # verified, model/current is the newest
+    anytimed pull {content.url} --to model      # verified; model/current is the newest
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained("model/current")
     tokenizer = AutoTokenizer.from_pretrained("model/current")
 
-Every file's size and SHA-256, the optimizer's numbers and the parent checkpoint are in `manifest.json`.
+Every file's size and SHA-256, the optimizer's numbers, the parent checkpoint and the exact place in every source are in
+`manifest.json`.
 
 ## What it has read
 
-{read or "Nothing yet."}
+| source | where | records | held out | tokens |
+|---|---|---|---|---|
+{rows}
 """
