@@ -29,6 +29,7 @@ from anytimed.service.console import View
 from anytimed.service.loop import Daemon
 from anytimed.service.recovery import recover
 from anytimed.service.requests import Mailbox
+from anytimed.storage.run_directory import RunDirectory
 
 STEPS = 10
 WARMUP_SEGMENTS = 4
@@ -58,7 +59,7 @@ class Timed(Daemon):
         super()._step(batch)
         stepped = time.perf_counter()
         if self._in_segment == 0 and exporting:
-            self._begin_export(None)
+            self._begin_export()
             self.stalls.append(time.perf_counter() - stepped)
             self._expected = {name: x.clone() for name, x in self._learner._at("x").items()}
             self._began += (
@@ -112,12 +113,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="export-stall-") as scratch:
         config = quiet(load(arguments.config), Path(scratch))
         mailbox = Mailbox()
-        session = recover(config)
+        run = RunDirectory(Path(config.run.directory))
+        run.acquire()
+        session = recover(config, run)
         with View(Console(quiet=True), "export_stall") as view:
             daemon = Timed(session, mailbox, view)
             daemon.begin(arguments.segments, Path(scratch) / "published")
             daemon.run()
-        session.run.release()
+        run.release()
     plain, exporting = (statistics.median(daemon.times[which]) for which in (False, True))
     result = {
         "config": str(arguments.config),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import anytimed
 from anytimed.service.reader_side import load_checkpoint
@@ -136,3 +136,35 @@ def test_mistakes_on_the_command_line_have_no_traceback(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=60)
         assert "Traceback" not in output, output
         assert process.returncode == code if code is not None else process.returncode in (1, 2), output
+
+
+def test_a_run_starts_from_a_hugging_face_folder_at_a_url(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 20)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+        )
+    )
+    theirs.save_pretrained(tmp_path / "llama")
+    config = tiny.config(tmp_path, model={"init_from": f"file://{tmp_path / 'llama'}"}, commits={"every_steps": 1})
+    tiny.run("run", config, "--steps", "1")
+    state, _ = tiny.state_of(tiny.newest_commit(tmp_path))
+    for name, parameter in theirs.named_parameters():
+        moved = (state[f"x.{name}"] - parameter.detach()).norm() / parameter.norm()
+        assert 0 < moved < 0.2, name  # one warm-up step away
+    # A checkpoint that does not fit is named, and nothing has begun.
+    other = tiny.config(tmp_path, model={"init_from": str(tmp_path / "llama"), "hidden_size": 16})
+    told = tiny.run("run", other, "--fresh", expect=2)
+    assert "hidden_size is 32 there and 16 in [model]" in told
+
+
+def test_exports_inside_the_run_directory_are_refused(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 3)
+    told = tiny.run("check", tiny.config(tmp_path, exports={"url": str(tmp_path / "run" / "published")}), expect=2)
+    assert "inside the run directory" in told

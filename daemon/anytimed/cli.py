@@ -84,21 +84,21 @@ def run(
     from anytimed.service.console import View, configure_logging
     from anytimed.service.requests import Mailbox
     from anytimed.service.signals import posted_to
+    from anytimed.storage.run_directory import RunDirectory
 
     configure_logging(out)
     config, mailbox = load(path), Mailbox()
-    with posted_to(mailbox):
+    with posted_to(mailbox), RunDirectory(Path(config.run.directory)) as directory:
+        if not fresh:
+            directory.acquire()  # before torch is imported: a second daemon is refused at once
         from anytimed.service.loop import Daemon
         from anytimed.service.recovery import recover
 
-        session = recover(config, fresh=fresh)
-        try:
-            with View(out, f"anytimed {path}") as view:
-                daemon = Daemon(session, mailbox, view, steps=steps)
-                daemon.run()
-        finally:
-            session.run.release()
-    status = daemon.status_now()
+        session = recover(config, directory, fresh=fresh)
+        with View(out, f"anytimed {path}") as view:
+            daemon = Daemon(session, mailbox, view, steps=steps)
+            daemon.run()
+    status = daemon.status()
     with suppress(OSError):  # the terminal may be gone by now
         if status["commit"]:
             _say(f"Committed step {status['commit']['step']} in {status['commit']['path']}")

@@ -141,6 +141,9 @@ class CommitsTable(Schedule):
     every_s: Seconds | None = 300.0
     every_steps: Positive | None = None
     keep: int = Field(default=3, ge=2, description="verified commits kept")
+    give_up_after_s: Seconds = Field(
+        default=3600.0, description="where commits fail, training goes on for this long after the last good one"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -117,7 +117,7 @@ def test_export_on_request_and_on_sigusr1(tmp_path: Path) -> None:
     assert listed[0]["lineage"]["main"]["records"] > 0
 
 
-def test_a_second_daemon_is_refused_within_a_second_of_asking(tmp_path: Path) -> None:
+def test_a_second_daemon_is_refused(tmp_path: Path) -> None:
     tiny.write_text(tmp_path / "data", 400)
     config = tiny.config(tmp_path)
     with running(config) as process:
@@ -295,3 +295,18 @@ def test_data_rewritten_while_it_runs_ends_with_3_and_loses_no_step(tmp_path: Pa
     assert "doc0000.txt" in output
     assert "Traceback" not in output
     assert int(tiny.newest_commit(tmp_path).name.rpartition("-")[2]) >= 40
+
+
+def test_commits_that_cannot_be_written_end_the_run_after_a_while_with_1(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 400)
+    with running(tiny.config(tmp_path, commits={"every_steps": 5, "give_up_after_s": 1.0})) as process:
+        until(process, lambda: bool(status(tmp_path)["commit"]))
+        good = tiny.newest_commit(tmp_path)
+        # A file where the folder was: every later commit fails, whatever the user's rights are.
+        (tmp_path / "run" / "commits").rename(tmp_path / "run" / "kept")
+        (tmp_path / "run" / "commits").write_text("in the way")
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "give_up_after_s" in output
+    assert "Traceback" not in output
+    assert (tmp_path / "run" / "kept" / good.name).is_dir()

@@ -6,6 +6,7 @@ names what does not fit; `pipeline_of` and `learner_of` build the two halves of 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ from anytimed.contracts import ConfigError, Journal, Json, Model, Rejected, Stre
 from anytimed.data.pipeline import Pipeline
 from anytimed.service.timetable import plan
 from anytimed.storage.pull import pull
+from anytimed.storage.store import Store
 from anytimed.training.device import Device
 from anytimed.training.learner import Learner
 from anytimed.training.optimizers import Recipe
+
+log = logging.getLogger("anytimed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,12 @@ def parts_of(config: Config) -> Parts:
         raise ConfigError(
             f"{file}: [data] sequence_length: found {config.data.sequence_length}, "
             f"allowed: at most the model's {longest} ([model] context_length)"
+        )
+    published, directory = Path(config.exports.url.removeprefix("file://")), Path(config.run.directory)
+    if published.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(
+            f'{file}: [exports] url: found "{config.exports.url}", inside the run directory "{config.run.directory}"; '
+            "allowed: anywhere else, for --fresh moves the run directory aside and what is published has to stay"
         )
     return Parts(config, tokenizer, model, recipe, streams)
 
@@ -141,11 +151,10 @@ def learner_of(parts: Parts, device: Device) -> Learner:
 
 
 def initial_weights(parts: Parts, where: str, cache: Path) -> Mapping[str, torch.Tensor]:
-    """x of another run, or any Hugging Face checkpoint of the model's family, from a folder or a published prefix; a
-    prefix is pulled into `cache` first. Raises ConfigError naming what does not fit."""
-    folder = Path(where)
-    if not (folder / "config.json").is_file():
-        folder = pull(where, cache).path
+    """x of another run, or any Hugging Face checkpoint of the model's family: a local folder, a published prefix, or a
+    URL of a Hugging Face folder; the latter two are fetched into `cache`. Raises ConfigError naming what does not
+    fit."""
+    folder = _fetched(where, cache)
     hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if hf_config.get("model_type") != parts.model.hf_model_type:
         raise ConfigError(
@@ -157,3 +166,21 @@ def initial_weights(parts: Parts, where: str, cache: Path) -> Mapping[str, torch
         raise ConfigError(f"init_from: no .safetensors in {where}")
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return parts.model.initial_weights(tensors, hf_config, parts.tokenizer.vocab_size)
+
+
+def _fetched(where: str, cache: Path) -> Path:
+    """A local folder with the checkpoint's files."""
+    for folder in (Path(where), Path(where) / "current"):
+        if (folder / "config.json").is_file():
+            return folder
+    store = Store(where)
+    if not store.exists("config.json"):
+        return pull(where, cache).path
+    for key in store.list():
+        if key == "config.json" or (key.endswith(".safetensors") and "/" not in key):
+            size = store.size(key)
+            log.info("fetching %s/%s, %d bytes", where, key, size)
+            with (cache / key).open("xb") as file:
+                for chunk in store.download(key, size):
+                    file.write(chunk)
+    return cache

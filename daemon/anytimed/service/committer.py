@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from anytimed.contracts import AnytimedError, Snapshot
-from anytimed.service.requests import Committed, Request
+from anytimed.service.requests import Committed, Crashed, Request
 from anytimed.storage.commits import Commits
 
 
@@ -29,7 +29,7 @@ class Committer:
         self._flight = self._pool.submit(self._write, snapshot, keep)
 
     def wait(self) -> None:
-        """Until the commit in flight, if any, is done; an error that is no AnytimedError is raised here."""
+        """Until the commit in flight, if any, is done and its outcome posted."""
         if self._flight is not None:
             self._flight.result()
 
@@ -42,5 +42,7 @@ class Committer:
             self._commits.retain(keep)
         except AnytimedError as error:
             self._post(Committed(snapshot.step, error=str(error)))
+        except BaseException as error:  # noqa: BLE001 - not handled here: the loop raises it
+            self._post(Crashed(error))
         else:
             self._post(Committed(snapshot.step, path=str(commit.path)))

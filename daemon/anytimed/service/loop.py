@@ -1,30 +1,29 @@
 """The loop: a state machine on one screen, and what each request does to it.
 
 In order: `Daemon.run` matches the state; `_train` takes a batch, steps, adopts the batch's Position, and does what the
-step number makes due; `_wait` is the healthy state of a dry stream; `_stop` commits and drains. Then the requests, one
-method each, and the status that the view, `status.json` and the control socket show. Everything runs in the main
-thread; other threads only post."""
+step number makes due; `_wait` is the healthy state of a dry stream; `_stop` commits and drains. Then what is due, and
+the requests. Everything here runs in the main thread; other threads only post.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import enum
 import logging
-import os
 import time
 from concurrent.futures import Future
 from typing import Any
 
-from anytimed.config import Config, load
-from anytimed.contracts import AnytimedError, Batch, ConfigError, Evaluation, Json
+from anytimed.contracts import AnytimedError, Batch, Json
 from anytimed.data.pipeline import Dry
-from anytimed.service import assembly, requests
+from anytimed.service import requests
+from anytimed.service.board import Board
 from anytimed.service.committer import Committer
-from anytimed.service.console import View, line
+from anytimed.service.console import View
 from anytimed.service.control import Control
-from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
+from anytimed.service.reload import reloaded
 from anytimed.service.requests import Mailbox, Request
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
@@ -32,6 +31,7 @@ from anytimed.service.timetable import Timetable
 log = logging.getLogger("anytimed")
 
 POLL_S = 0.5
+COMPILE_S = 1800.0
 LAST_COMMIT_S = 600.0
 
 
@@ -43,50 +43,45 @@ class State(enum.Enum):
 
 
 class Daemon:
-    """One run of the service, from a recovered session to the exit. `steps` ends it once the run has that many
-    steps."""
+    """One run of the service, from a recovered session to the exit. `steps` ends it once the run has that many."""
 
     def __init__(self, session: Session, mailbox: Mailbox, view: View, *, steps: int | None = None) -> None:
         self._session, self._mailbox, self._view, self._limit = session, mailbox, view, steps
         self._config = session.parts.config
-        self._learner, self._reader, self._run = session.learner, session.reader, session.run
+        self._learner, self._reader = session.learner, session.reader
         self._position, self._holdout, self._read = session.position, session.position.holdout, session.position.sources
-        self._evaluation: Evaluation | None = session.evaluation
-        self._parent: str | None = session.parent
         self._committed_step = session.learner.step_count if session.resumed else 0
-        self._commit: Json | None = session.resumed
-        self._export: Json | None = session.published
-        self._problems: dict[str, str] = dict(session.problems)
-        self._reason = ""
+        self._committed_at = time.monotonic()
+        self._parent = session.parent
         self._state = State.TRAINING
-        self._mark = (time.monotonic(), session.learner.tokens)
-        self._speed: float | None = None
-        self._loss: float | None = None
         self._give_up = False
-        self._metrics = Metrics(self._run.metrics, self._run.status)
         self._systemd = Systemd()
+        self._board = Board(session, view, self._systemd)
         self._committer = Committer(session.commits, mailbox.post)
         self._outbox = Outbox(session.spool, session.publisher, mailbox.post, self._config.exports.url, session.parent)
         self._timetable = Timetable(mailbox)
-        self._status = self.status()
-        self._control = Control(self._run.control_socket, mailbox, self.status_now)
+        self._control = Control(session.run.control_socket, mailbox, self.status)
+
+    def status(self) -> Json:
+        """The last status told, as JSON; any thread may ask."""
+        return self._board.last
 
     # --- the state machine
 
     def run(self) -> None:
         """Until a stop is asked for, or the step limit is reached. Raises what ends the run otherwise; the run
-        directory stays owned by the caller."""
+        directory stays the caller's to release."""
+        if self._config.run.compile:
+            self._systemd.extend(COMPILE_S)
+            self._learner.compile_now(self._config.data.batch_size)
         self._timetable.apply(self._config)
-        self._reader.start()
-        self._outbox.start()
-        self._timetable.start()
-        self._control.start()
+        for part in (self._reader, self._outbox, self._timetable, self._control):
+            part.start()
         self._systemd.notify("READY=1")
-        self._told(always=True)
+        self._tell(always=True)
         try:
             while self._state is not State.STOPPED:
-                for request in self._mailbox.drain():
-                    self._do(request)
+                self._drain()
                 match self._state:
                     case State.TRAINING:
                         self._state = self._train()
@@ -96,8 +91,7 @@ class Daemon:
                         self._state = self._stop()
         except AnytimedError as error:
             # What was trained is good whatever ended the run: keep it, then say why.
-            self._problem("run", str(error))
-            self._report()
+            self._board.problem("run", str(error))
             with contextlib.suppress(AnytimedError):  # the first error is the one to tell
                 self._final_commit()
             raise
@@ -113,26 +107,25 @@ class Daemon:
         if isinstance(got, Batch):
             self._step(got)
         elif isinstance(got, Dry):
-            self._reason = "; ".join(f"{name}: {why}" for name, why in got.reasons.items())
-            log.info("everything is read (%s); waiting for data", self._reason)
+            self._board.reason = "; ".join(f"{name}: {why}" for name, why in got.reasons.items())
+            log.info("everything is read (%s); waiting for data", self._board.reason)
             self._report()
             self._begin_commit()
             return State.WAITING
         return State.TRAINING
 
     def _wait(self) -> State:
-        """Healthy: the watchdog is fed, the view goes on, and the reader wakes when `discover` finds something."""
-        for request in self._mailbox.drain(wait_s=POLL_S):
-            self._do(request)
+        """Healthy: the watchdog is fed, the view goes on, and the reader wakes when discovery finds something."""
+        self._drain(POLL_S)
         self._systemd.ping()
         if self._state is not State.WAITING:
             return self._state
         got = self._reader.get(0.0)
-        self._told()
+        self._tell()
         if isinstance(got, Batch):
             log.info("data again")
-            self._reason = ""
-            self._mark = (time.monotonic(), self._learner.tokens)
+            self._board.reason = ""
+            self._board.paused()
             self._step(got)
             return State.TRAINING
         return State.WAITING
@@ -142,19 +135,17 @@ class Daemon:
         self._systemd.notify("STOPPING=1")
         self._systemd.extend(LAST_COMMIT_S + self._config.exports.drain_s)
         self._reader.close()
-        self._report()
         self._final_commit()
         deadline = time.monotonic() + self._config.exports.drain_s
         while not self._outbox.idle and not self._give_up and time.monotonic() < deadline:
-            for request in self._mailbox.drain(wait_s=0.05):
-                self._do(request)
+            self._drain(0.05)
+            self._tell()
         if not self._outbox.idle:
             log.warning("not everything is published; the spool keeps it and the next start sends it")
-        for request in self._mailbox.drain():
-            self._do(request)
+        self._drain()
         return State.STOPPED
 
-    # --- a step and what it makes due
+    # --- a step, and what its number makes due
 
     def _step(self, batch: Batch) -> None:
         self._learner.step(batch)
@@ -163,87 +154,67 @@ class Daemon:
         if step % config.logging.every_steps == 0:
             self._report()
         if step % config.evaluation.every_steps == 0:
-            self._evaluate()
+            self._report()
+            self._board.evaluated(self._learner.evaluate(self._holdout))
+            self._tell()
         if config.commits.every_steps and step % config.commits.every_steps == 0:
             self._begin_commit()
         if config.exports.every_steps and step % config.exports.every_steps == 0:
-            self._begin_export(None)
+            self._begin_export()
 
     def _report(self) -> None:
-        """Read what the steps since the last report did; journal the skipped ones; refresh every view."""
+        """Read what the steps since the last report did, journal the skipped ones, refresh every view."""
         reports = self._learner.reports()
         for report in reports:
             if report.skipped:
                 self._session.skip(report)
-        taken = [report.loss for report in reports if not report.skipped]
-        if reports:
-            self._loss = sum(taken) / len(taken) if taken else None
-            now, tokens = time.monotonic(), self._learner.tokens
-            if now > self._mark[0]:
-                self._speed = (tokens - self._mark[1]) / (now - self._mark[0])
-            self._mark = (now, tokens)
-            self._metrics.write(
-                "step",
-                step=self._learner.step_count,
-                tokens=tokens,
-                loss=self._loss,
-                tokens_per_s=self._speed,
-                skipped=self._learner.skipped,
-                grad_norm=reports[-1].grad_norm if not reports[-1].skipped else None,
-            )
-        self._told()
-
-    def _evaluate(self) -> None:
-        self._report()
-        self._evaluation = self._learner.evaluate(self._holdout) or self._evaluation
-        if self._evaluation is not None:
-            self._metrics.write("evaluation", **self._evaluation.to_json(), **self._learner.metrics())
-        # What evaluating took is not the training's speed.
-        self._mark = (time.monotonic(), self._learner.tokens)
-        self._told()
-
-    # --- commits
+        self._board.stepped(reports)
+        self._tell()
 
     def _begin_commit(self) -> None:
-        """Hand a snapshot to the committer; while one is in flight, or nothing was trained since the last, there is
-        none."""
+        """Hand a snapshot to the committer; not while one is in flight, nor where no step was taken since the last."""
         if self._committer.busy or self._committed_step == self._learner.step_count:
             return
         self._report()
         self._committed_step = self._learner.step_count
-        snapshot = self._session.snapshot(self._position, self._evaluation, self._parent)
+        snapshot = self._session.snapshot(self._position, self._board.evaluation, self._parent)
         self._committer.submit(snapshot, self._config.commits.keep)
 
     def _final_commit(self) -> None:
-        """The commit at the end. Raises AnytimedError when it could not be written."""
-        self._committer.wait()
-        for request in self._mailbox.drain():
-            self._do(request)
-        self._begin_commit()
-        self._committer.wait()
-        for request in self._mailbox.drain():
-            self._do(request)
-        if self._learner.step_count and (self._commit is None or self._commit["step"] != self._learner.step_count):
-            raise AnytimedError(f"the last commit could not be written: {self._problems.get('commit', 'unknown')}")
-
-    # --- exports
-
-    def _begin_export(self, reply: Future[dict[str, Any]] | None) -> None:
+        """The commit at the end. Raises AnytimedError where it could not be written."""
         self._report()
-        make = self._session.export(self._config, self._evaluation, self._read)
-        self._outbox.submit(make, reply)
+        for _ in range(2):  # first the one in flight, then one of now
+            self._committer.wait()
+            self._drain()
+            self._begin_commit()
+        self._committer.wait()
+        self._drain()
+        commit = self._board.commit
+        if self._learner.step_count and (commit is None or commit["step"] != self._learner.step_count):
+            raise AnytimedError(f"the last commit could not be written: {self._board.problems.get('commit')}")
+
+    def _begin_export(self, reply: Future[dict[str, Any]] | None = None) -> None:
+        self._report()
+        self._outbox.submit(self._session.export(self._config, self._board.evaluation, self._read), reply)
 
     # --- requests
 
+    def _drain(self, wait_s: float = 0.0) -> None:
+        for request in self._mailbox.drain(wait_s):
+            self._do(request)
+
     def _do(self, request: Request) -> None:
         match request:
+            case requests.Stop(why) if self._state is State.STOPPING:
+                log.warning("%s again: giving up the uploads; the commit stays", why)
+                self._give_up = True
             case requests.Stop(why):
-                if self._state is State.STOPPING:
-                    log.warning("%s again: giving up the uploads; the commit stays", why)
-                    self._give_up = True
-                else:
-                    log.info("%s: stopping", why)
-                    self._state = State.STOPPING
+                log.info("%s: stopping", why)
+                self._state = State.STOPPING
+            case requests.Reload() if self._view.hung_up():
+                self._do(requests.Stop("the terminal is gone"))
+            case requests.Reload():
+                self._reload()
             case requests.Commit():
                 self._begin_commit()
             case requests.Export(reply) if self._state is not State.STOPPING:
@@ -255,120 +226,59 @@ class Daemon:
                 self._reader.poll()
             case requests.Retain():
                 self._outbox.retain(lambda: self._session.retain_published(self._config.exports))
-            case requests.Reload() if self._view.hung_up():
-                self._do(requests.Stop("the terminal is gone"))
-            case requests.Reload():
-                self._reload()
             case requests.Committed():
                 self._on_committed(request)
             case requests.Published():
                 self._on_published(request)
+            case requests.Crashed(error):
+                raise error
+
+    def _reload(self) -> None:
+        try:
+            self._config = reloaded(self._config)
+        except AnytimedError as error:
+            self._board.problem("reload", str(error))
+            self._tell()
+            return
+        self._board.problem("reload", None)
+        self._timetable.apply(self._config)
+        log.info("reloaded %s", self._config.path)
+        self._tell()
 
     def _on_committed(self, done: requests.Committed) -> None:
+        self._board.problem("commit", done.error)
         if done.error is not None:
             self._committed_step = 0
-            self._problem("commit", done.error)
+            age_s = time.monotonic() - self._committed_at
+            if age_s > self._config.commits.give_up_after_s:
+                raise AnytimedError(f"no commit for {age_s:.0f} s ([commits] give_up_after_s); the last: {done.error}")
             return
-        self._problems.pop("commit", None)
-        self._commit = {"step": done.step, "path": done.path, "time": time.time()}
+        self._committed_at = time.monotonic()
+        self._board.commit = {"step": done.step, "path": done.path, "time": time.time()}
         log.info("committed step %d: %s", done.step, done.path)
-        self._told()
+        if self._state is State.WAITING:
+            self._begin_commit()  # steps taken while that one was in flight
+        self._tell()
 
     def _on_published(self, done: requests.Published) -> None:
         if done.refused is not None:
             raise done.refused
-        if done.error is not None:
-            self._problem("export", done.error)
-            return
-        self._problems.pop("export", None)
-        self._parent = done.checkpoint
-        self._export = {"step": done.step, "checkpoint": done.checkpoint, "time": time.time()}
-        log.info("exported step %d: %s/checkpoints/%s", done.step, self._config.exports.url, done.checkpoint)
-        self._mailbox.post(requests.Retain())
-        self._told()
+        self._board.problem("export", done.error)
+        if done.error is None:
+            self._parent = done.checkpoint
+            self._board.export = {"step": done.step, "checkpoint": done.checkpoint, "time": time.time()}
+            log.info("exported step %d: %s/checkpoints/%s", done.step, self._config.exports.url, done.checkpoint)
+            self._mailbox.post(requests.Retain())
+        self._tell()
 
-    def _problem(self, key: str, text: str) -> None:
-        if self._problems.get(key) != text:
-            log.warning("%s", text)
-        self._problems[key] = text
-
-    def _reload(self) -> None:
-        """Apply a changed config as one change between steps, or say what it may not change and apply nothing."""
-        try:
-            new = load(self._config.path)
-            assembly.parts_of(new)
-            fixed = changes_that_need_a_restart(self._config, new)
-            if fixed:
-                raise ConfigError(f"{new.path}: not reloaded; only a restart changes {', '.join(fixed)}")
-        except AnytimedError as error:
-            self._problem("reload", str(error))
-            return
-        self._problems.pop("reload", None)
-        self._timetable.apply(new)
-        self._config = new
-        log.info("reloaded %s", new.path)
-
-    # --- what is shown
-
-    def status(self) -> Json:
-        """The status as JSON; `anytimed status --json` prints it."""
-        reading = self._reader.status()
-        return {
-            "state": self._state.value,
-            "reason": self._reason,
-            "degraded": [*self._problems.values(), *([self._metrics.failed] if self._metrics.failed else [])],
-            "run_id": self._run.run_id,
-            "term": self._run.term,
-            "pid": os.getpid(),
-            "directory": str(self._run.path),
-            "device": str(self._learner.device),
-            "step": self._learner.step_count,
-            "tokens": self._learner.tokens,
-            "tokens_per_s": self._speed,
-            "loss": self._loss,
-            "skipped": self._learner.skipped,
-            "evaluation": self._evaluation.to_json() if self._evaluation else None,
-            "commit": self._commit,
-            "export": self._export,
-            "exports_url": self._config.exports.url,
-            "sources": reading["sources"],
-            "batches_ready": reading["ready"],
-            "time": time.time(),
-        }
-
-    def status_now(self) -> Json:
-        """The last status made by the loop; other threads read this."""
-        return self._status
-
-    def _told(self, always: bool = False) -> None:
-        self._status = self.status()
-        self._view.show(self._status, always)
-        self._systemd.notify(f"STATUS={line(self._status, time.time())}")
-        self._metrics.show(self._status)
+    def _tell(self, *, always: bool = False) -> None:
+        self._board.tell(self._state.value, always=always)
 
     def _close(self) -> None:
+        """End the threads; what ends the run must not wait for any of them for long."""
         self._timetable.close()
         self._reader.close()
         self._committer.close()
         self._outbox.close()
         self._control.close()
-        self._told(always=True)
-
-
-LIVE_TABLES = ("logging", "evaluation", "commits", "exports")
-FIXED_KEYS = {"exports": ("url", "storage_options")}
-
-
-def changes_that_need_a_restart(old: Config, new: Config) -> list[str]:
-    """The keys that differ and may not change while it runs, as `[table] key`."""
-    before, after = old.model_dump(), new.model_dump()
-    for dumped in (before, after):
-        for name in LIVE_TABLES:
-            dumped[name] = {key: dumped[name][key] for key in FIXED_KEYS.get(name, ())}
-        dumped["data"].pop("discover")
-    return [
-        f"[{table}] {key}"
-        for table in before
-        for key in sorted(before[table].keys() | after[table].keys())
-        if before[table].get(key) != after[table].get(key)
-    ]
+        self._tell(always=True)

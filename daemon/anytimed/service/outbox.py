@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from anytimed.contracts import AnytimedError, Refused
-from anytimed.service.requests import Published, Request
+from anytimed.service.requests import Crashed, Published, Request
 from anytimed.storage.exports import ExportContent, Publisher, Spool
 
 FIRST_PAUSE_S = 2.0
@@ -78,6 +78,12 @@ class Outbox:
     # --- the thread
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # noqa: BLE001 - not handled here: the loop raises it
+            self._post(Crashed(error))
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._busy = False

@@ -158,26 +158,20 @@ def without_credentials(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def recover(config: Config, *, fresh: bool = False) -> Session:
-    """Take the run directory and bring the run back to its newest commit, or begin it.
+def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Session:
+    """Bring the run in a directory that is ours back to its newest commit, or begin it.
 
-    The caller releases `Session.run`. Raises ConfigError where the configuration is wrong or does not fit the commit,
-    Refused where another writer holds the run, no commit verifies, or data that was read has changed."""
-    run = RunDirectory(Path(config.run.directory))
+    `fresh`: the directory is not ours yet; what is in it is moved aside once the configuration is known to be good,
+    and a new run is acquired. The caller releases `run` in any case. Raises ConfigError where the configuration is
+    wrong or does not fit the commit, Refused where another writer holds the run, no commit verifies, or data that was
+    read has changed.
+    """
+    parts = parts_of(config)
     if fresh:
         aside = run.start_fresh()
         if aside is not None:
             log.info("--fresh: the old run is in %s", aside)
-    run.acquire()
-    try:
-        return _recover(config, run)
-    except BaseException:
-        run.release()
-        raise
-
-
-def _recover(config: Config, run: RunDirectory) -> Session:
-    parts = parts_of(config)
+        run.acquire()
     problems: dict[str, str] = {}
     store = Store(config.exports.url, config.exports.storage_options)
     publisher = Publisher(store)

@@ -66,7 +66,14 @@ class Published:
     refused: Exception | None = None
 
 
-Request = Stop | Reload | Commit | Export | Discover | Retain | Committed | Published
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """A thread met an error that nobody foresaw: the loop raises it, so that it ends the run and is seen."""
+
+    error: BaseException
+
+
+Request = Stop | Reload | Commit | Export | Discover | Retain | Committed | Published | Crashed
 
 
 class Mailbox:

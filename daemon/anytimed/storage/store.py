@@ -178,15 +178,17 @@ class Store:
         keys = (path[len(self._root) :].lstrip("/") for path in found)
         return sorted(key for key in keys if all(_SEGMENT.fullmatch(part) for part in key.split("/")))
 
+    def size(self, key: str) -> int:
+        """Bytes of an object. Raises MissingKey, StoreError."""
+        with self._names(key):
+            if self._local is not None:
+                return self._path(key).stat().st_size
+            return int(self._call("info", self._at(key))["size"])
+
     def exists(self, key: str) -> bool:
-        """Whether there is an object. Raises StoreError where the store does not say (fsspec's own would answer
-        False)."""
+        """Whether an object is there. Raises StoreError where the store does not answer."""
         try:
-            with self._names(key):
-                if self._local is not None:
-                    self._path(key).stat()
-                else:
-                    self._call("info", self._at(key))
+            self.size(key)
         except MissingKey:
             return False
         return True

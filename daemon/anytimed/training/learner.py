@@ -43,7 +43,7 @@ class Learner:
         self.tokens = 0
         self.skipped = 0
         self._forward = torch.compile(module) if compile else module
-        self._micro, self._clip = micro_batch_size, clip_grad_norm
+        self._micro, self._clip, self._length = micro_batch_size, clip_grad_norm, sequence_length
         self._named = dict(module.named_parameters())
         self._unread: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._evaluator = Evaluator(
@@ -74,6 +74,15 @@ class Learner:
         self.step_count += 1
         self.tokens += targets
         self._unread.append((self.step_count, loss, norm.detach(), finite))
+
+    def compile_now(self, batch_size: int) -> None:
+        """Compile forward and backward before the first step, which would look like a hang otherwise. Nothing changes:
+        the gradient of a batch of zeros is dropped."""
+        zeros = torch.zeros(self._micro or batch_size, self._length + 1, dtype=torch.long)
+        with self.device.autocast():
+            loss = self.model.loss(self._forward, zeros.to(self.device.torch_device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
 
     def reports(self) -> list[StepReport]:
         """What the steps since the last call did; waits for the device once."""

@@ -1,0 +1,115 @@
+"""What the daemon says of itself: the figures behind the view, `status.json`, `anytimed status` and the control socket.
+
+The loop writes figures as they come; `tell` makes one JSON object of them, shows it everywhere, and keeps it for the
+threads that answer questions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from anytimed.contracts import Evaluation, Json, StepReport
+from anytimed.service.console import View, line
+from anytimed.service.metrics import Metrics
+from anytimed.service.recovery import Session
+from anytimed.service.systemd import Systemd
+
+log = logging.getLogger("anytimed")
+
+
+class Board:
+    """The figures of one run. Losses are in nats per token, times in seconds since 1970."""
+
+    def __init__(self, session: Session, view: View, systemd: Systemd) -> None:
+        self._session, self._view, self._systemd = session, view, systemd
+        self._metrics = Metrics(session.run.metrics, session.run.status)
+        self._mark = (time.monotonic(), session.learner.tokens)
+        self._speed: float | None = None
+        self._loss: float | None = None
+        self.state = "starting"
+        self.reason = ""
+        self.evaluation: Evaluation | None = session.evaluation
+        self.commit: Json | None = session.resumed
+        self.export: Json | None = session.published
+        self.problems: dict[str, str] = dict(session.problems)
+        self.last = self._status()
+
+    # --- what the loop notes
+
+    def stepped(self, reports: Sequence[StepReport]) -> None:
+        """Losses and speed since the last call; skipped steps have no loss."""
+        if not reports:
+            return
+        learner = self._session.learner
+        taken = [report.loss for report in reports if not report.skipped]
+        self._loss = sum(taken) / len(taken) if taken else None
+        now = time.monotonic()
+        self._speed = (learner.tokens - self._mark[1]) / max(now - self._mark[0], 1e-9)
+        self._mark = (now, learner.tokens)
+        self._metrics.write(
+            "step",
+            step=learner.step_count,
+            tokens=learner.tokens,
+            loss=self._loss,
+            tokens_per_s=self._speed,
+            skipped=learner.skipped,
+            grad_norm=reports[-1].grad_norm,
+        )
+
+    def evaluated(self, evaluation: Evaluation | None) -> None:
+        """A new evaluation, None where nothing is held out yet."""
+        if evaluation is not None:
+            self.evaluation = evaluation
+            self._metrics.write("evaluation", **evaluation.to_json(), **self._session.learner.metrics())
+        self.paused()
+
+    def paused(self) -> None:
+        """What went by until now was no training, and does not count for the speed."""
+        self._mark = (time.monotonic(), self._session.learner.tokens)
+
+    def problem(self, key: str, text: str | None) -> None:
+        """Note that something is degraded, or (None) well again; logged when it changes."""
+        if text is None:
+            self.problems.pop(key, None)
+        elif self.problems.get(key) != text:
+            log.warning("%s", text)
+            self.problems[key] = text
+
+    # --- what it tells
+
+    def tell(self, state: str, *, always: bool = False) -> None:
+        """Refresh every view. `always`: also where log lines would be too close together."""
+        self.state = state
+        self.last = self._status()
+        self._view.show(self.last, always)
+        self._systemd.notify(f"STATUS={line(self.last, time.time())}")
+        self._metrics.show(self.last)
+
+    def _status(self) -> Json:
+        session = self._session
+        config, run, learner, reading = session.parts.config, session.run, session.learner, session.reader.status()
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "degraded": [*self.problems.values(), *([self._metrics.failed] if self._metrics.failed else [])],
+            "run_id": run.run_id,
+            "term": run.term,
+            "pid": os.getpid(),
+            "directory": str(run.path),
+            "device": str(learner.device),
+            "step": learner.step_count,
+            "tokens": learner.tokens,
+            "tokens_per_s": self._speed,
+            "loss": self._loss,
+            "skipped": learner.skipped,
+            "evaluation": self.evaluation.to_json() if self.evaluation else None,
+            "commit": self.commit,
+            "export": self.export,
+            "exports_url": config.exports.url,
+            "sources": reading["sources"],
+            "batches_ready": reading["ready"],
+            "time": time.time(),
+        }
