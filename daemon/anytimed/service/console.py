@@ -97,7 +97,7 @@ def table(status: Json, now: float) -> Table:
             )
         )
     else:
-        rows.append(("hold-out", "not evaluated yet"))
+        rows.append(("hold-out", "not evaluated yet, or no record held out yet"))
     rows.append(("last commit", f"{ago(_age(commit, now))} ago, step {commit['step']:,}" if commit else "none yet"))
     rows.append(
         ("last export", f"{ago(_age(export, now))} ago, {export['checkpoint']}" if export else "none yet"),
