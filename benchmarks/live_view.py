@@ -1,6 +1,6 @@
 """Draws the README's picture of the live view from a run's own status.
 
-    .venv/bin/python benchmarks/live_view.py .anytimed/quickstart/run
+.venv/bin/python benchmarks/live_view.py .anytimed/quickstart/run
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import re
 from pathlib import Path
 
-from anytimed.service.console import table
 from rich.console import Console
+
+from anytimed.service.console import table
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from anytimed.contracts import Evaluation, Json, StepReport
 from anytimed.service.console import View, line
 from anytimed.service.metrics import Metrics
+from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
 from anytimed.service.systemd import Systemd
 
@@ -23,8 +24,8 @@ log = logging.getLogger("anytimed")
 class Board:
     """The figures of one run. Losses are in nats per token, times in seconds since 1970."""
 
-    def __init__(self, session: Session, view: View, systemd: Systemd) -> None:
-        self._session, self._view, self._systemd = session, view, systemd
+    def __init__(self, session: Session, view: View, systemd: Systemd, outbox: Outbox) -> None:
+        self._session, self._view, self._systemd, self._outbox = session, view, systemd, outbox
         self._metrics = Metrics(session.run.metrics, session.run.status)
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
@@ -108,6 +109,7 @@ class Board:
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
             "commit": self.commit,
             "export": self.export,
+            "upload": self._outbox.upload,
             "exports_url": config.exports.url,
             "sources": reading["sources"],
             "batches_ready": reading["ready"],

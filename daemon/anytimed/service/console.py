@@ -48,10 +48,10 @@ def configure_logging(console: Console) -> None:
     logging.getLogger("anytimed").setLevel(logging.INFO)
 
 
-def ago(seconds: float | None) -> str:
-    """An age in the two largest units: 42 s, 3 min 05 s, 2 h 10 min, 4 d 3 h."""
+def ago(seconds: float | None, none: str = "never") -> str:
+    """A duration in the two largest units: 42 s, 3 min 05 s, 2 h 10 min, 4 d 3 h."""
     if seconds is None:
-        return "never"
+        return none
     s = int(seconds)
     if s < 60:
         return f"{s} s"
@@ -102,6 +102,9 @@ def table(status: Json, now: float) -> Table:
     rows.append(
         ("last export", f"{ago(_age(export, now))} ago, {export['checkpoint']}" if export else "none yet"),
     )
+    if upload := status.get("upload"):
+        amount = f"{size(upload['done_bytes'])} of {size(upload['total_bytes'])}, {size(upload['bytes_per_s'])}/s"
+        rows.append(("uploading", f"{upload['checkpoint']}, {amount}, {ago(upload['left_s'], '?')} left"))
     for name, source in status["sources"].items():
         rows.append((f"source {name}", f"{source['records']:,} records read, {size(source['lag_bytes'])} to go"))
     if status["skipped"]:

@@ -56,9 +56,9 @@ class Daemon:
         self._state = State.TRAINING
         self._give_up = False
         self._systemd = Systemd()
-        self._board = Board(session, view, self._systemd)
         self._committer = Committer(session.commits, mailbox.post)
         self._outbox = Outbox(session.spool, session.publisher, mailbox.post, self._config.exports.url, session.parent)
+        self._board = Board(session, view, self._systemd, self._outbox)
         self._timetable = Timetable(mailbox)
         self._control = Control(session.run.control_socket, mailbox, self.status)
 
@@ -72,6 +72,7 @@ class Daemon:
         """Until a stop is asked for, or the step limit is reached. Raises what ends the run otherwise; the run
         directory stays the caller's to release."""
         if self._config.run.compile:
+            log.info("compiling the model; this can take minutes")
             self._systemd.extend(COMPILE_S)
             self._learner.compile_now(self._config.data.batch_size)
         self._timetable.apply(self._config)

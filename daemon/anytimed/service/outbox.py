@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from anytimed.contracts import AnytimedError, Refused
+from anytimed.contracts import AnytimedError, Json, Refused
 from anytimed.service.requests import Crashed, Published, Request
 from anytimed.storage.exports import ExportContent, Publisher, Spool
 
@@ -38,6 +38,7 @@ class Outbox:
         self._make: Make | None = None
         self._replies: list[Reply] = []
         self._retention: Callable[[], object] | None = None
+        self._upload: tuple[str, float, int, int] | None = None  # checkpoint, when it began, bytes done, bytes in all
         self._busy = False
         self._closing = False
         self._pause_s = FIRST_PAUSE_S
@@ -67,6 +68,22 @@ class Outbox:
         """Nothing is being built or uploaded, and nothing waits for the store."""
         with self._changed:
             return not (self._busy or self._make or self._waiting)
+
+    @property
+    def upload(self) -> Json | None:
+        """The upload that is under way, with its rate and the time left; None where there is none."""
+        upload = self._upload
+        if upload is None:
+            return None
+        checkpoint, began, done, total = upload
+        rate = done / max(time.monotonic() - began, 1e-9)
+        return {
+            "checkpoint": checkpoint,
+            "done_bytes": done,
+            "total_bytes": total,
+            "bytes_per_s": rate,
+            "left_s": (total - done) / rate if rate else None,
+        }
 
     def close(self) -> None:
         """End the thread after what it is doing now; the spool keeps what was not published."""
@@ -117,7 +134,16 @@ class Outbox:
         pending = self._spool.pending()
         if pending:
             newest = pending[-1]
-            self._publisher.publish(newest)
+            began, total = time.monotonic(), newest.manifest.total_bytes
+
+            def moved(done: int, _: int) -> None:
+                self._upload = (newest.id, began, done, total)
+
+            moved(0, total)
+            try:
+                self._publisher.publish(newest, moved)
+            finally:
+                self._upload = None
             for item in pending:
                 self._spool.discard(item)
             self._parent = newest.id

@@ -1,0 +1,239 @@
+"""The service's parts by themselves: mailbox, timetable, console, systemd, outbox."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from anytimed.config import Schedule
+from anytimed.contracts import ConfigError, HostTensor, Refused
+from anytimed.service.console import _JournalFormatter, ago, size, table
+from anytimed.service.metrics import Metrics
+from anytimed.service.outbox import Outbox
+from anytimed.service.requests import Commit, Crashed, Export, Mailbox, Published, Reload, Request, Stop
+from anytimed.service.signals import posted_to
+from anytimed.service.timetable import trigger
+from anytimed.storage.exports import ExportContent, Publisher, Spool
+from anytimed.storage.run_directory import RunDirectory
+from anytimed.storage.store import Store, StoreError
+
+
+def test_the_mailbox_keeps_order_and_waits_for_the_first_only() -> None:
+    box = Mailbox()
+    for request in (Commit(), Export(), Stop("x")):
+        box.post(request)
+    assert list(box.drain()) == [Commit(), Export(), Stop("x")]
+    began = time.monotonic()
+    assert list(box.drain(wait_s=0.05)) == []
+    assert time.monotonic() - began >= 0.04
+    threading.Timer(0.05, box.post, [Commit()]).start()
+    assert list(box.drain(wait_s=30)) == [Commit()]
+
+
+def test_signals_are_posted_and_the_handlers_of_before_come_back() -> None:
+    box, before = Mailbox(), signal.getsignal(signal.SIGTERM)
+    with posted_to(box):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        got: list[Request] = []
+        while len(got) < 3:
+            got += box.drain(wait_s=5)
+    assert got == [Stop("SIGTERM"), Reload(), Export()]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_schedules_become_triggers() -> None:
+    assert trigger(Schedule(), "") is None
+    now = datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC)
+    interval = trigger(Schedule(every_s=90.0), "")
+    assert interval is not None
+    first = interval.get_next_fire_time(None, now)
+    assert (interval.get_next_fire_time(first, first) - first).total_seconds() == 90
+    cron = trigger(Schedule(cron="15 3 * * *"), "")
+    assert cron is not None
+    assert (cron.get_next_fire_time(None, now).hour, cron.get_next_fire_time(None, now).minute) == (3, 15)
+    with pytest.raises(ConfigError, match=r'\[exports\] cron: found "15 25 \* \* \*"'):
+        trigger(Schedule(cron="15 25 * * *"), "f.toml: [exports]")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(None, "never"), (0.4, "0 s"), (59, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (356400, "4 d 3 h")],
+)
+def test_ages(seconds: float | None, told: str) -> None:
+    assert ago(seconds) == told
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (None, 999, 1000, 5_003_520, 2e12)] == ["-", "999 B", "1.0 kB", "5.0 MB", "2.0 TB"]
+
+
+def test_the_table_shows_what_is_wrong_and_what_is_under_way() -> None:
+    status = {
+        "state": "training", "reason": "", "degraded": ["disk full"], "step": 12, "tokens": 3456, "tokens_per_s": None,
+        "loss": None, "evaluation": None, "commit": None, "export": None, "skipped": 2, "sources": {},
+        "upload": {"checkpoint": "c", "done_bytes": 5e6, "total_bytes": 1e7, "bytes_per_s": 1e6, "left_s": 5.0},
+    }  # fmt: skip
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(status, time.time()))
+    told = console.export_text()
+    for expected in ("disk full", "3,456 tokens", "5.0 MB of 10.0 MB, 1.0 MB/s, 5 s left", "2 (loss or gradient"):
+        assert expected in told
+
+
+def test_every_line_in_the_journal_has_its_priority() -> None:
+    record = logging.LogRecord("anytimed", logging.WARNING, "", 0, "one\ntwo", None, None)
+    assert _JournalFormatter("%(message)s").format(record) == "<4>one\n<4>two"
+
+
+def test_metrics_are_json_and_a_full_disk_is_told_and_forgotten(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "status.json")
+    metrics.write("step", loss=float("nan"), step=1)
+    assert '"loss":null,"step":1' in (tmp_path / "metrics.jsonl").read_text()
+    lost = Metrics(tmp_path / "no" / "metrics.jsonl", tmp_path / "no" / "status.json")
+    lost.write("step", step=1)
+    assert lost.failed is not None
+    (tmp_path / "no").mkdir()
+    lost.write("step", step=2)
+    assert lost.failed is None
+
+
+# --- the outbox -------------------------------------------------------------------------------------------------------
+
+
+class Box:
+    """An outbox on a real spool and a real store, and what it posted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = RunDirectory(folder / "run")
+        self.run.acquire()
+        self.posted: list[Request] = []
+        self.store = folder / "published"
+        self.outbox = self.fresh()
+
+    def fresh(self) -> Outbox:
+        spool, publisher = Spool(self.run), Publisher(Store(str(self.store)))
+        return Outbox(spool, publisher, self.posted.append, str(self.store), None)
+
+    def wait(self, told: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not told():
+            assert time.monotonic() < deadline, self.posted
+            time.sleep(0.005)
+
+    def published(self) -> list[int]:
+        return [p.step for p in self.posted if isinstance(p, Published) and p.error is None and p.step is not None]
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Any:
+    made = Box(tmp_path)
+    yield made
+    made.outbox.close()
+    made.run.release()
+
+
+def content(step: int, value: float = 1.0) -> ExportContent:
+    data = np.full(4, value, "<f4").data.cast("B")
+    return ExportContent(
+        step=step,
+        tokens=10 * step,
+        tensors={"w": HostTensor("F32", (4,), data)},
+        config={"model_type": "llama"},
+        files={},
+        optimizer={},
+        evaluation=None,
+        config_digest="0" * 64,
+        lineage={},
+    )
+
+
+def test_the_outbox_publishes_answers_and_names_the_parent(box: Box) -> None:
+    box.outbox.start()
+    reply: Future[dict[str, Any]] = Future()
+    box.outbox.submit(lambda: content(1), reply)
+    first = reply.result(20)
+    assert first["step"] == 1
+    again: Future[dict[str, Any]] = Future()
+    box.outbox.submit(lambda: content(2), again)
+    second = again.result(20)
+    box.wait(lambda: box.outbox.idle)
+    manifest = (box.store / "checkpoints" / second["checkpoint"] / "manifest.json").read_text()
+    assert f'"parent": "{first["checkpoint"]}"' in manifest
+    assert box.published() == [1, 2]
+    assert not [p for p in box.run.spool.iterdir() if not p.name.startswith(".")]
+
+
+def test_what_was_not_begun_gives_way_and_gets_the_answer_of_the_newer(box: Box) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def slow() -> ExportContent:
+        begun.set()
+        go.wait(20)
+        return content(1)
+
+    box.outbox.start()
+    box.outbox.submit(slow)
+    assert begun.wait(20)
+    replies: list[Future[dict[str, Any]]] = [Future(), Future()]
+    box.outbox.submit(lambda: content(2), replies[0])
+    box.outbox.submit(lambda: content(3), replies[1])
+    go.set()
+    assert [reply.result(20)["step"] for reply in replies] == [3, 3]
+    box.wait(lambda: box.outbox.idle)
+    assert box.published() == [1, 3]
+
+
+def test_a_store_that_fails_is_tried_again_and_an_older_run_s_spool_is_sent(box: Box) -> None:
+    box.store.write_text("in the way")
+    reply: Future[dict[str, Any]] = Future()
+    box.outbox.start()
+    box.outbox.submit(lambda: content(1), reply)
+    with pytest.raises(StoreError):
+        reply.result(20)
+    assert not box.outbox.idle
+    box.wait(lambda: any(isinstance(p, Published) and p.error for p in box.posted))
+    box.outbox.close()
+    box.store.unlink()
+    box.outbox = box.fresh()
+    assert not box.outbox.idle
+    box.outbox.start()
+    box.wait(lambda: box.outbox.idle)
+    assert box.published() == [1]
+
+
+def test_an_x_that_is_not_finite_is_refused_and_the_next_one_goes_out(box: Box) -> None:
+    box.outbox.start()
+    box.outbox.submit(lambda: content(1, float("inf")))
+    box.wait(lambda: any(isinstance(p, Published) and "not finite" in (p.error or "") for p in box.posted))
+    box.outbox.submit(lambda: content(2))
+    box.wait(lambda: box.published() == [2])
+
+
+def test_another_writer_ends_the_run_and_an_unforeseen_error_is_raised_by_the_loop(box: Box) -> None:
+    box.outbox.start()
+    taken = box.store / "checkpoints" / "00001-000001-0000000001"
+    taken.mkdir(parents=True)
+    (taken / "manifest.json").write_text("{}")
+    box.outbox.submit(lambda: content(1))
+    box.wait(lambda: any(isinstance(p, Published) and isinstance(p.refused, Refused) for p in box.posted))
+
+    def broken() -> ExportContent:
+        return dataclasses.replace(content(2), no_such_field=1)  # type: ignore[call-arg]
+
+    box.outbox.submit(broken)
+    box.wait(lambda: any(isinstance(p, Crashed) and isinstance(p.error, TypeError) for p in box.posted))
