@@ -108,7 +108,7 @@ class FileStream(ABC):
         except (ImportError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"source {name!r}: url = {settings.url!r} cannot be opened: {error}. Expected a path or an fsspec URL "
-                "whose driver is installed (s3fs for s3://, gcsfs for gs://)"
+                "whose driver is installed (s3://: pip install 'anytimed[s3]', gs://: pip install 'anytimed[gcs]')"
             ) from error
         self._fs: AbstractFileSystem = fs
         self._pattern: str = pattern
