@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from anytimed.contracts import Json
 from tests import tiny
 
 STEPS = 200
@@ -35,12 +37,16 @@ def kill_when(process: subprocess.Popen[str], due: Callable[[], bool]) -> None:
     process.communicate()
 
 
-def step_of(folder: Path) -> int:
+def status_of(folder: Path) -> Json:
     try:
-        step: int = json.loads((folder / "run" / "status.json").read_text())["step"]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return 0
-    return step
+        status: Json = json.loads((folder / "run" / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return status
+
+
+def step_of(folder: Path) -> int:
+    return int(status_of(folder).get("step", 0))
 
 
 @pytest.mark.parametrize("optimizer", ["sf_normuon", "amuse"])
@@ -82,3 +88,43 @@ def test_a_resume_after_a_stop_is_bit_for_bit_too(tmp_path: Path) -> None:
     for steps in ("23", "60"):
         tiny.run("run", tiny.config(twice), "--steps", steps)
     tiny.assert_same_state(tiny.newest_commit(once), tiny.newest_commit(twice))
+
+
+def test_a_run_whose_data_came_while_it_was_killed_is_the_run_that_its_journal_tells(tmp_path: Path) -> None:
+    """What arrived when stands in the journal: given the journal alone, another run takes the same steps."""
+    lived, told = tmp_path / "lived", tmp_path / "told"
+    tiny.write_text(lived / "data", 8, prefix="first")
+    config = tiny.config(lived)
+    draw = random.Random(1)
+    for arrival in range(6):
+        process = tiny.start("run", config)
+        at = draw.uniform(0.0, 1.0)
+        tiny.write_text(lived / "data", 3, prefix=f"arrival{9 - arrival}", seed=arrival)
+        began: list[float] = []
+
+        def due(process=process, at=at, began=began) -> bool:  # type: ignore[no-untyped-def]
+            """`at` seconds after this process began to train."""
+            if not began and status_of(lived).get("pid") == process.pid:
+                began.append(time.monotonic())
+            return bool(began) and time.monotonic() > began[0] + at
+
+        kill_when(process, due)
+        tiny.write_text(lived / "data", 2, prefix=f"between{9 - arrival}", seed=20 + arrival)
+    process = tiny.start("run", config)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "waiting for data" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    journal = [json.loads(line)["entry"] for line in (lived / "run" / "journal.jsonl").read_text().splitlines()]
+    assert sum(entry["kind"] == "discovered" for entry in journal) >= 3
+    assert any(entry["kind"] == "block_cut" for entry in journal)
+
+    shutil.copytree(lived / "data", told / "data")
+    (told / "run").mkdir(mode=0o700, parents=True)
+    shutil.copy(lived / "run" / "journal.jsonl", told / "run")
+    steps = int(tiny.newest_commit(lived).name.rpartition("-")[2])
+    tiny.run("run", tiny.config(told), "--steps", str(steps))
+    tiny.assert_same_state(tiny.newest_commit(lived), tiny.newest_commit(told))

@@ -59,6 +59,8 @@ class Device:
             # Read by cuBLAS at its first use, so it has to stand before any product runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
+            # The mode would also fill every new tensor with NaN: a debugging aid that costs a pass over memory.
+            torch.utils.deterministic.fill_uninitialized_memory = False
 
     def __str__(self) -> str:
         if self.is_cuda:
