@@ -144,7 +144,9 @@ def export(where: Run) -> None:
 def pull(
     url: Url,
     to: Annotated[Path, typer.Option(help="Folder to pull into; its `current` is the newest pulled checkpoint.")],
-    checkpoint: Annotated[str | None, typer.Option(help="A certain checkpoint, as `anytimed list` names it.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A certain checkpoint, as `anytimed list` names it, or best.")
+    ] = None,
 ) -> None:
     """Fetch the newest checkpoint, verified, and switch `DIR/current` to it."""
     from anytimed.storage.pull import pull as fetch

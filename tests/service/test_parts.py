@@ -84,7 +84,8 @@ def test_sizes() -> None:
 
 def test_the_table_shows_what_is_wrong_and_what_is_under_way() -> None:
     status = {
-        "state": "training", "reason": "", "degraded": ["disk full"], "step": 12, "tokens": 3456, "tokens_per_s": None,
+        "state": "training", "since": 0.0, "reason": "", "degraded": ["disk full"], "step": 12,
+        "tokens": 3456, "tokens_per_s": None,
         "loss": None, "evaluation": None, "commit": None, "export": None, "skipped": 2, "sources": {},
         "upload": {"checkpoint": "c", "done_bytes": 5e6, "total_bytes": 1e7, "bytes_per_s": 1e6, "left_s": 5.0},
     }  # fmt: skip

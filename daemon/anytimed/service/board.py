@@ -30,7 +30,7 @@ class Board:
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
         self._loss: float | None = None
-        self.state = "starting"
+        self.state, self.since = "starting", time.time()
         self.reason = ""
         self.evaluation: Evaluation | None = session.evaluation
         self.commit: Json | None = session.resumed
@@ -83,7 +83,8 @@ class Board:
 
     def tell(self, state: str, *, always: bool = False) -> None:
         """Refresh every view. `always`: also where log lines would be too close together."""
-        self.state = state
+        if state != self.state:
+            self.state, self.since = state, time.time()
         self.last = self._status()
         self._view.show(self.last, always)
         self._systemd.notify(f"STATUS={line(self.last, time.time())}")
@@ -94,6 +95,7 @@ class Board:
         config, run, learner, reading = session.parts.config, session.run, session.learner, session.reader.status()
         return {
             "state": self.state,
+            "since": self.since,
             "reason": self.reason,
             "degraded": [*self.problems.values(), *([self._metrics.failed] if self._metrics.failed else [])],
             "run_id": run.run_id,

@@ -81,13 +81,15 @@ def table(status: Json, now: float) -> Table:
     """The status as two columns."""
     evaluation, commit, export = status["evaluation"], status["commit"], status["export"]
     rows: list[tuple[str, str]] = [
-        ("state", status["state"] + (f" ({status['reason']})" if status.get("reason") else "")),
+        ("state", f"{status['state']}, for {ago(now - status['since'])}"),
         (
             "step",
             f"{status['step']:,}   {status['tokens']:,} tokens   {number(status['tokens_per_s'], ',.0f')} tokens/s",
         ),
         ("loss at y (training)", number(status["loss"])),
     ]
+    if status["reason"]:
+        rows.insert(1, ("because", status["reason"]))
     if evaluation:
         losses = "   ".join(f"{which} {evaluation[f'loss_{which}']:.4f}" for which in "xyz")
         rows.append(

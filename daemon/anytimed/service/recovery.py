@@ -223,11 +223,19 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         position=position,
         problems=problems,
     )
-    if published is not None and published.run_id == run.run_id:
+    if published is not None and published.run_id != run.run_id:
+        log.warning(
+            "%s: the newest checkpoint %s is of another run, %s; what this run publishes counts as newer. If that run "
+            "is alive, give this one a prefix of its own", store.url, published.id, published.run_id
+        )  # fmt: skip
+    elif published is not None:
         session.parent = published.id
         session.published = {"step": published.step, "checkpoint": published.id, "time": published.created_s}
     if commit is None:
-        log.info("new run %s in %s on %s", run.run_id, run.path, device)
+        if journal.entries("data"):
+            log.info("run %s in %s on %s: no commit yet, begins again by its journal", run.run_id, run.path, device)
+        else:
+            log.info("new run %s in %s on %s", run.run_id, run.path, device)
         return session
     session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
     session.parent = session.parent or commit.state["parent_checkpoint"]

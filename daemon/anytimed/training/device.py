@@ -60,7 +60,7 @@ class Device:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
             # The mode would also fill every new tensor with NaN: a debugging aid that costs a pass over memory.
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         if self.is_cuda:
