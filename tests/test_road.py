@@ -124,6 +124,8 @@ def test_check_says_what_would_fail(tmp_path: Path) -> None:
 
 
 def test_mistakes_on_the_command_line_have_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
     for arguments, code in (
         (("run", tmp_path / "none.toml"), 2),
         (("status", tmp_path), 2),
@@ -131,6 +133,8 @@ def test_mistakes_on_the_command_line_have_no_traceback(tmp_path: Path) -> None:
         (("list", "nosuch://bucket/x"), None),
         (("sample", str(tmp_path / "nothing"), "--prompt", "x"), 1),
         (("run", tmp_path / "none.toml", "--steps", "0"), 2),
+        (("run", tiny.config(tmp_path / "a", run={"directory": "/proc/anytimed"})), 1),
+        (("run", tiny.config(tmp_path / "b", run={"device": "cuda:99"})), 2),
     ):
         process = tiny.start(*arguments)
         output, _ = process.communicate(timeout=60)

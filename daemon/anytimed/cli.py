@@ -275,6 +275,10 @@ def main() -> None:
     except AnytimedError as error:
         err.print(f"anytimed: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # The machine says no (permissions, a full disk, no such folder), and says where; a traceback would not help.
+        err.print(f"anytimed: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -310,3 +310,16 @@ def test_commits_that_cannot_be_written_end_the_run_after_a_while_with_1(tmp_pat
     assert "give_up_after_s" in output
     assert "Traceback" not in output
     assert (tmp_path / "run" / "kept" / good.name).is_dir()
+
+
+def test_a_run_that_was_taken_away_is_left_at_once_with_3(tmp_path: Path) -> None:
+    """The lock file was replaced under the daemon: someone else may own the run, so nothing more is written to it."""
+    tiny.write_text(tmp_path / "data", 400)
+    with running(tiny.config(tmp_path, commits={"every_steps": 5})) as process:
+        until(process, lambda: bool(status(tmp_path)["commit"]))
+        (tmp_path / "run" / "LOCK").unlink()
+        (tmp_path / "run" / "LOCK").touch()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
+    assert "no longer ours" in output
+    assert "Traceback" not in output

@@ -5,12 +5,15 @@ right after the commit point, in the same thread."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from anytimed.contracts import AnytimedError, Snapshot
+from anytimed.contracts import AnytimedError, Refused, Snapshot
 from anytimed.service.requests import Committed, Crashed, Request
 from anytimed.storage.commits import Commits
+
+log = logging.getLogger("anytimed")
 
 
 class Committer:
@@ -38,11 +41,22 @@ class Committer:
 
     def _write(self, snapshot: Snapshot, keep: int) -> None:
         try:
-            commit = self._commits.write(snapshot)
-            self._commits.retain(keep)
-        except AnytimedError as error:
-            self._post(Committed(snapshot.step, error=str(error)))
+            self._post(self._committed(snapshot))
+            self._retain(keep)
         except BaseException as error:  # noqa: BLE001 - not handled here: the loop raises it
             self._post(Crashed(error))
-        else:
-            self._post(Committed(snapshot.step, path=str(commit.path)))
+
+    def _committed(self, snapshot: Snapshot) -> Committed:
+        try:
+            commit = self._commits.write(snapshot)
+        except Refused as error:
+            return Committed(snapshot.step, error=str(error), refused=error)
+        except AnytimedError as error:
+            return Committed(snapshot.step, error=str(error))
+        return Committed(snapshot.step, path=str(commit.path))
+
+    def _retain(self, keep: int) -> None:
+        try:
+            self._commits.retain(keep)
+        except (AnytimedError, OSError) as error:
+            log.warning("older commits were not tidied up: %s; it is tried again after the next commit", error)

@@ -247,6 +247,8 @@ class Daemon:
         self._tell()
 
     def _on_committed(self, done: requests.Committed) -> None:
+        if done.refused is not None:
+            raise done.refused
         self._board.problem("commit", done.error)
         if done.error is not None:
             self._committed_step = 0

@@ -122,6 +122,8 @@ class Outbox:
                     retention()
             except AnytimedError as error:
                 self._failed(error, replies)
+            except OSError as error:
+                self._failed(AnytimedError(f"spool: {error}; the next export may succeed"), replies)
 
     def _due(self) -> bool:
         return self._waiting and time.monotonic() >= self._retry_at

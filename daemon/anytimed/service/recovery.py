@@ -11,9 +11,9 @@ import contextlib
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         return session
     session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
     session.parent = session.parent or commit.state["parent_checkpoint"]
-    session.resumed = {"step": commit.manifest.step, "path": str(commit.path), "time": time.time()}
+    written = datetime.fromisoformat(commit.manifest.created).timestamp()
+    session.resumed = {"step": commit.manifest.step, "path": str(commit.path), "time": written}
     log.info("resumed step %d from %s on %s", commit.manifest.step, commit.path, device)
     return session
 

@@ -49,11 +49,12 @@ class Retain:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The committer is done: where the commit is, or why there is none."""
+    """The committer is done: where the commit is, or why there is none. `refused` ends the run."""
 
     step: int
     path: str | None = None
     error: str | None = None
+    refused: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)

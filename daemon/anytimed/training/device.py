@@ -48,6 +48,8 @@ class Device:
                 'use device = "auto", or install a CUDA build of torch and its driver'
             )
         self.torch_device = torch.device(name)
+        if name.startswith("cuda") and (self.torch_device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f'[run] device: found "{name}", but there are {torch.cuda.device_count()} CUDA devices')
         self.is_cuda = self.torch_device.type == "cuda"
         self.precision = precision if self.is_cuda else "float32"
         self._copies = torch.cuda.Stream(self.torch_device) if self.is_cuda else None  # type: ignore[no-untyped-call]
