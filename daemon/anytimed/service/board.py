@@ -30,6 +30,7 @@ class Board:
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
         self._loss: float | None = None
+        self._began = time.time()
         self.state, self.since = "starting", time.time()
         self.reason = ""
         self.evaluation: Evaluation | None = session.evaluation
@@ -84,7 +85,8 @@ class Board:
     def tell(self, state: str, *, always: bool = False) -> None:
         """Refresh every view. `always`: also where log lines would be too close together."""
         if state != self.state:
-            self.state, self.since = state, time.time()
+            self._began = time.time()
+        self.state, self.since = state, time.time()
         self.last = self._status()
         self._view.show(self.last, always)
         self._systemd.notify(f"STATUS={line(self.last, time.time())}")
@@ -110,6 +112,7 @@ class Board:
             "skipped": learner.skipped,
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
             "commit": self.commit,
+            "last_commit_age_s": time.time() - (self.commit["time"] if self.commit else self._began),
             "export": self.export,
             "upload": self._outbox.upload,
             "exports_url": config.exports.url,
