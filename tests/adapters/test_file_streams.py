@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -350,9 +352,23 @@ def test_a_folder_that_is_not_there_is_unavailable_and_not_empty(tmp_path: Path)
         jsonl(tmp_path / "missing").discover()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_listed_is_unavailable(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o000)
-    with pytest.raises(StreamUnavailable, match="Permission"):
-        jsonl(tmp_path).discover()
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Root may read everything; for a moment, be someone who may not."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_folder_that_may_not_be_listed_is_unavailable() -> None:
+    with tempfile.TemporaryDirectory() as base:  # not pytest's, whose own folder is closed to others
+        Path(base).chmod(0o755)
+        closed = Path(base) / "closed"
+        closed.mkdir(mode=0o000)
+        stream = jsonl(base)
+        with nobody(), pytest.raises(StreamUnavailable, match="Permission"):
+            stream.discover()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,7 +34,6 @@ def byte_tokenizer(base: Path = Path()) -> ByteTokenizer:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> object:
-    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bytes")
     assert sorted(byte_tokenizer().save(folder)) == sorted(path.name for path in folder.iterdir())
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -82,7 +82,6 @@ def hugging_face(base: Path, path: str = ".", end_token: str | None = None) -> H
 
 
 def test_hugging_face_is_the_same_in_transformers_after_saving(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     (tmp_path / "saved").mkdir()
     train(tmp_path)
     ours = hugging_face(tmp_path, "tokenizer.json")
