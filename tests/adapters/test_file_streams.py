@@ -372,3 +372,39 @@ def test_a_folder_that_may_not_be_listed_is_unavailable() -> None:
         stream = jsonl(base)
         with nobody(), pytest.raises(StreamUnavailable, match="Permission"):
             stream.discover()
+
+
+def test_links_are_followed_once_and_a_link_to_a_folder_above_ends_there(tmp_path: Path) -> None:
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "sub" / "a.jsonl").write_bytes(lines("one"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").write_bytes(lines("two"))
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "sub" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "dangling.jsonl.part").symlink_to(tmp_path / "nowhere")
+    found = jsonl(tmp_path / "data").discover()
+    assert [entry["path"] for entry in found] == ["linked/b.jsonl", "sub/a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jsonl", ["a.jsonl"]),
+        ("*/*.jsonl", ["x/b.jsonl"]),
+        ("x/*.jsonl", ["b.jsonl"]),
+        ("**/*.jsonl", ["a.jsonl", "x/b.jsonl", "x/y/c.jsonl"]),
+        ("x/**/c.jsonl", ["y/c.jsonl"]),
+        ("?.jsonl", ["a.jsonl"]),
+        ("[!b].jsonl", ["a.jsonl"]),
+        ("a.jsonl", ["a.jsonl"]),
+    ],
+)
+def test_a_glob_means_what_fsspec_says_it_means(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    for name in ("a.jsonl", "x/b.jsonl", "x/y/c.jsonl", "x/y/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(lines(name))
+    url = f"{tmp_path}/{pattern}"
+    stream = JsonLines(JsonLines.Settings(url=url), "s")
+    found = [entry["path"] for entry in stream.discover()]
+    assert found == expected
+    assert len(found) == len([p for p in fsspec.filesystem("file").glob(url) if p.endswith(".jsonl")])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -264,27 +265,38 @@ class FileStream(ABC):
     def _list(self) -> dict[str, tuple[int, str]]:
         """Size in bytes and signature of every file of the glob that is not left out and not empty, by relative
         path."""
-        local = isinstance(self._fs, LocalFileSystem)
-        found = {}
         with self._answering(self._settings.url):
-            self._fs.invalidate_cache()
-            # fsspec's walk takes a folder that it cannot list for an empty one, unless told otherwise; local only,
-            # since drivers of object stores pass the argument on to their client
-            listed = self._fs.glob(self._pattern, detail=True, **({"on_error": "raise"} if local else {}))
-            for full, info in listed.items():
+            listed = self._listed_locally() if isinstance(self._fs, LocalFileSystem) else self._listed_by_store()
+            return {path: (size, f"{size}-{version}") for path, size, version in listed if size}
+
+    def _listed_by_store(self) -> Iterator[tuple[str, int, str]]:
+        self._fs.invalidate_cache()
+        for full, info in self._fs.glob(self._pattern, detail=True).items():
+            path = full[len(self._base) + 1 :]
+            if info["type"] != "directory" and not self._left_out(path):
+                yield path, info["size"], _version(info)
+
+    def _listed_locally(self) -> Iterator[tuple[str, int, str]]:
+        """fsspec's glob takes a folder below the first that it cannot list for an empty one, rounds the modification
+        time, and does not look through links; so local files are walked here, by the same translation of the glob."""
+        matches = re.compile(glob_translate(self._pattern)).match
+        rest = self._pattern[len(self._base) + 1 :]
+        deepest = None if "**" in rest else rest.count("/")
+        seen: set[tuple[int, int]] = set()  # folders, so that a link to one above ends the walk there
+        for folder, folders, files in os.walk(self._base, onerror=_raise, followlinks=True):
+            stat = Path(folder).stat()
+            depth = len(Path(folder).relative_to(self._base).parts)
+            if (stat.st_dev, stat.st_ino) in seen or (deepest is not None and depth >= deepest):
+                folders.clear()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            for full in (f"{folder}/{name}" for name in files):
                 path = full[len(self._base) + 1 :]
-                if info["type"] == "directory" or self._left_out(path):
-                    continue
-                if local:  # fsspec rounds the modification time and does not follow links
+                if matches(full) and not self._left_out(path):
                     stat = Path(full).stat()
-                    if not S_ISREG(stat.st_mode):
-                        continue
-                    size, version = stat.st_size, str(stat.st_mtime_ns)
-                else:
-                    size, version = info["size"], _version(info)
-                if size:
-                    found[path] = (size, f"{size}-{version}")
-        return found
+                    if S_ISREG(stat.st_mode):
+                        yield path, stat.st_size, str(stat.st_mtime_ns)
 
     def _left_out(self, path: str) -> bool:
         parts = path.split("/")
@@ -327,6 +339,10 @@ class FileStream(ABC):
 
 class _Vanished(StreamUnavailable):
     """A file is not there (any more)."""
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _base(pattern: str) -> str:
