@@ -6,12 +6,12 @@ is that of the beginning."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from anytimed.contracts import ConfigError, Role
+from anytimed.contracts import ConfigError, Json, Role
 from anytimed.optim import AMUSE, ScheduleFree, SFAdamW, SFNorMuon, param_groups
 
 
@@ -31,6 +31,9 @@ class _SpectralSettings(_Settings):
         default=None, gt=0, description="learning rate of embeddings, head and norms (SF-AdamW); default lr / 2"
     )
     aux_beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment of embeddings, head and norms")
+    aux_weight_decay: float | None = Field(
+        default=None, ge=0, description="lambda of embeddings, head and norms; default weight_decay"
+    )
 
 
 class Recipe:
@@ -42,9 +45,9 @@ class Recipe:
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
-    def numbers(self) -> dict[str, float | int]:
-        """The optimizer's numbers for manifests."""
-        told: dict[str, float | int] = self.settings.model_dump(exclude_none=True)
+    def numbers(self) -> Json:
+        """The optimizer's arguments, as manifests tell them."""
+        told: Json = self.settings.model_dump(exclude_none=True)
         return told
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]], roles: Mapping[str, Role]) -> ScheduleFree:
@@ -77,6 +80,10 @@ class AMUSERecipe(Recipe):
         beta1: float = Field(default=0.6, ge=0, lt=1, description="beta until the warm-up ends")
         mu: float = Field(default=0.95, ge=0, lt=1, description="Nesterov momentum")
         rho: float = Field(default=0.8, ge=0, le=1, description="how fast beta rises towards 1 after the warm-up")
+        scale: Literal["match_rms", "spectral"] = Field(
+            default="match_rms",
+            description="of the update: AdamW's RMS, or sqrt(max(1, m / n)) for SGD-like auxiliaries",
+        )
 
     optimizer = AMUSE
 
