@@ -1,1 +1,1 @@
-
+"""Contract suites that the author of an adapter inherits."""
