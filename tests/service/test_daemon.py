@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import pty
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -323,3 +325,29 @@ def test_a_run_that_was_taken_away_is_left_at_once_with_3(tmp_path: Path) -> Non
     assert process.returncode == 3, output
     assert "no longer ours" in output
     assert "Traceback" not in output
+
+
+def test_on_a_terminal_there_is_a_live_table_and_closing_it_commits_and_stops(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 800)
+    config = tiny.config(tmp_path, commits={"every_steps": None, "every_s": 1000.0})
+    pid, terminal = pty.fork()
+    if pid == 0:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"}
+        os.execve(sys.executable, [sys.executable, "-m", "anytimed.cli", "run", str(config)], environment)
+    shown = b""
+    try:
+        deadline = time.monotonic() + 60
+        while b"hold-out, step" not in shown or status(tmp_path)["step"] < 40:
+            assert time.monotonic() < deadline, shown.decode(errors="replace")
+            shown += os.read(terminal, 65536)
+    finally:
+        os.close(terminal)
+        deadline = time.monotonic() + 60
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    for told in ("loss at y (training)", "last commit", "last export", "to go", "tokens/s"):
+        assert told in shown.decode(errors="replace")
+    assert int(tiny.newest_commit(tmp_path).name.rpartition("-")[2]) >= 40

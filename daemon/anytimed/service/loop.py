@@ -54,7 +54,7 @@ class Daemon:
         self._committed_at = time.monotonic()
         self._parent = session.parent
         self._state = State.TRAINING
-        self._give_up = False
+        self._give_up = self._hung_up = False
         self._systemd = Systemd()
         self._committer = Committer(session.commits, mailbox.post)
         self._outbox = Outbox(session.spool, session.publisher, mailbox.post, self._config.exports.url, session.parent)
@@ -212,10 +212,9 @@ class Daemon:
             case requests.Stop(why):
                 log.info("%s: stopping", why)
                 self._state = State.STOPPING
-            case requests.Reload() if self._view.hung_up():
-                self._do(requests.Stop("the terminal is gone"))
             case requests.Reload():
-                self._reload()
+                if not self._terminal_gone():
+                    self._reload()
             case requests.Commit():
                 self._begin_commit()
             case requests.Export(reply) if self._state is not State.STOPPING:
@@ -274,7 +273,16 @@ class Daemon:
             self._mailbox.post(requests.Retain())
         self._tell()
 
+    def _terminal_gone(self) -> bool:
+        """Whether the terminal of the live view was closed, which asks for a stop, once."""
+        if not self._hung_up and self._view.hung_up():
+            self._hung_up = True
+            self._mailbox.post(requests.Stop("the terminal was closed"))
+        return self._hung_up
+
     def _tell(self, *, always: bool = False) -> None:
+        # Looked at here as well: what closes a terminal may signal before it does, or not at all.
+        self._terminal_gone()
         self._board.tell(self._state.value, always=always)
 
     def _close(self) -> None:
