@@ -45,6 +45,7 @@ from torch import Tensor
 from anytimed.optim.averaging import settle_
 from anytimed.optim.orthogonal import polar
 from anytimed.optim.schedule_free import Group, ScheduleFree
+from anytimed.optim.settings import adamw_options, averaging_options
 from anytimed.optim.stacks import MatrixStack
 
 
@@ -81,20 +82,18 @@ class AMUSE(ScheduleFree):
                     "weight_decay": weight_decay,
                     "warmup_steps": warmup_steps,
                 },
-                "adamw": {
-                    "lr": lr / 2 if aux_lr is None else aux_lr,
-                    "beta2": aux_beta2,
-                    "weight_decay": weight_decay if aux_weight_decay is None else aux_weight_decay,
-                    "eps": aux_eps,
-                    "warmup_steps": warmup_steps,
-                },
+                "adamw": adamw_options(
+                    lr / 2 if aux_lr is None else aux_lr,
+                    aux_beta2,
+                    weight_decay if aux_weight_decay is None else aux_weight_decay,
+                    aux_eps,
+                    warmup_steps,
+                ),
             },
             shared={
                 "beta1": beta1,
                 "rho": rho,
-                "averaging_power": averaging_power,
-                "averaging_lr_power": averaging_lr_power,
-                "averaging_window_steps": averaging_window_steps,
+                **averaging_options(averaging_power, averaging_lr_power, averaging_window_steps),
             },
             first_beta="beta1",
             orthogonal_dtype=orthogonal_dtype,

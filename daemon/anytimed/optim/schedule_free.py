@@ -87,8 +87,9 @@ class ScheduleFree(Optimizer):
         raise NotImplementedError
 
     def _next_beta(self, group: Group, t: Tensor, weight_sum: Tensor, reference_sum: Tensor, last_warm: int) -> Tensor:
-        """beta_t, 0-d float64, from t, W_{t-1}, W_{T0-1}, T0. group: the one that drives the clock."""
-        raise NotImplementedError
+        """beta_t, 0-d float64, from t, W_{t-1}, W_{T0-1}, T0. group: the one that drives the clock. Here: its fixed
+        `beta`."""
+        return torch.full_like(weight_sum, group["beta"])
 
     def _rule_of(self, group: Group) -> str:
         """The rule that moves this group. ValueError where it names none."""

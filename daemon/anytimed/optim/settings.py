@@ -41,6 +41,23 @@ _ALLOWED: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
 }
 
 
+def adamw_options(lr: float, beta2: float, weight_decay: float, eps: float, warmup_steps: int) -> dict[str, Any]:
+    """The options of a group under the rule "adamw"; meanings and values in `sf_adamw`."""
+    return {"lr": lr, "beta2": beta2, "weight_decay": weight_decay, "eps": eps, "warmup_steps": warmup_steps}
+
+
+def averaging_options(
+    averaging_power: float, averaging_lr_power: float, averaging_window_steps: int | None
+) -> dict[str, Any]:
+    """What a clock reads to weigh a step: w_t = t^r eta_t^p, the sum capped at N w_t (None: not capped). r, p, N in
+    this order."""
+    return {
+        "averaging_power": averaging_power,
+        "averaging_lr_power": averaging_lr_power,
+        "averaging_window_steps": averaging_window_steps,
+    }
+
+
 def check_options(options: Mapping[str, Any], where: str) -> None:
     """ValueError naming the first option that is out of its range. Options that are not ours are left alone."""
     for name, (allowed, expected) in _ALLOWED.items():

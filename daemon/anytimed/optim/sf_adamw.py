@@ -28,10 +28,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from anytimed.optim.schedule_free import Group, ScheduleFree
+from anytimed.optim.settings import adamw_options, averaging_options
 
 
 class SFAdamW(ScheduleFree):
@@ -56,19 +54,11 @@ class SFAdamW(ScheduleFree):
         super().__init__(
             params,
             options={
-                "adamw": {
-                    "lr": lr,
-                    "beta2": beta2,
-                    "weight_decay": weight_decay,
-                    "eps": eps,
-                    "warmup_steps": warmup_steps,
-                }
+                "adamw": adamw_options(lr, beta2, weight_decay, eps, warmup_steps),
             },
             shared={
                 "beta": beta,
-                "averaging_power": averaging_power,
-                "averaging_lr_power": averaging_lr_power,
-                "averaging_window_steps": averaging_window_steps,
+                **averaging_options(averaging_power, averaging_lr_power, averaging_window_steps),
             },
             first_beta="beta",
             orthogonal_dtype=None,
@@ -76,6 +66,3 @@ class SFAdamW(ScheduleFree):
 
     def _rule_of(self, group: Group) -> str:
         return "adamw"
-
-    def _next_beta(self, group: Group, t: Tensor, weight_sum: Tensor, reference_sum: Tensor, last_warm: int) -> Tensor:
-        return torch.full_like(weight_sum, group["beta"])

@@ -44,6 +44,7 @@ from anytimed.optim.averaging import settle_
 from anytimed.optim.neuron_norm import rescale_, row_squares, second_moment
 from anytimed.optim.orthogonal import polar
 from anytimed.optim.schedule_free import Group, ScheduleFree
+from anytimed.optim.settings import adamw_options, averaging_options
 from anytimed.optim.stacks import MatrixStack
 
 
@@ -83,19 +84,17 @@ class SFNorMuon(ScheduleFree):
                     "eps": eps,
                     "warmup_steps": warmup_steps,
                 },
-                "adamw": {
-                    "lr": lr / 2 if aux_lr is None else aux_lr,
-                    "beta2": aux_beta2,
-                    "weight_decay": weight_decay if aux_weight_decay is None else aux_weight_decay,
-                    "eps": aux_eps,
-                    "warmup_steps": warmup_steps,
-                },
+                "adamw": adamw_options(
+                    lr / 2 if aux_lr is None else aux_lr,
+                    aux_beta2,
+                    weight_decay if aux_weight_decay is None else aux_weight_decay,
+                    aux_eps,
+                    warmup_steps,
+                ),
             },
             shared={
                 "beta": beta,
-                "averaging_power": averaging_power,
-                "averaging_lr_power": averaging_lr_power,
-                "averaging_window_steps": averaging_window_steps,
+                **averaging_options(averaging_power, averaging_lr_power, averaging_window_steps),
             },
             first_beta="beta",
             orthogonal_dtype=orthogonal_dtype,
@@ -109,6 +108,3 @@ class SFNorMuon(ScheduleFree):
         settle_(stack.v, v, stack.row_mask(active))
         length = eta * (0.2 * (stack.rows * stack.columns) ** 0.5)
         return rescale_(p, squares, stack.v, length, group["eps"])
-
-    def _next_beta(self, group: Group, t: Tensor, weight_sum: Tensor, reference_sum: Tensor, last_warm: int) -> Tensor:
-        return torch.full_like(weight_sum, group["beta"])
