@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from anytimed.optim import schedule_free
+from anytimed.optim import orthogonal
 from anytimed.optim.orthogonal import ITERATIONS, polar, working_dtype
 from contest.rounds import Lane, Samples, spread
 from contest.shapes import Weights
@@ -43,7 +43,7 @@ class PolarClock:
     def __init__(self) -> None:
         self._seconds = 0.0
         self._calls: Counter[tuple[int, int, int]] = Counter()
-        self._stand_in = patch.object(schedule_free, "polar", self._timed)
+        self._stand_in = patch.object(orthogonal, "polar", self._timed)
 
     def __enter__(self) -> PolarClock:
         self._stand_in.start()

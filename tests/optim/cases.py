@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from anytimed.optim import AMUSE, ScheduleFree, SFAdamW, SFNorMuon, param_groups
+from anytimed.optim import AMUSE, ScheduleFree, SFAdamW, SFNorMuon, native, param_groups
 
 OPTIMIZERS: dict[str, Callable[..., ScheduleFree]] = {"sf_normuon": SFNorMuon, "amuse": AMUSE, "sf_adamw": SFAdamW}
 
@@ -47,12 +48,16 @@ def build(kind: str, params: dict[str, nn.Parameter], **options: Any) -> Schedul
     return OPTIMIZERS[kind](param_groups(params.items(), ROLES), **options)
 
 
-ROADS = ("host", "device")
-"""How a step goes through the state: as on a CPU, or as on CUDA, which a CPU can do as well."""
+ROADS = ("host", "device", "native")
+"""How a step goes through the state: as on a CPU; as on CUDA, which a CPU can do as well; as on a CPU with a compiler,
+which only larger optimizers would take by themselves."""
 
 
 def take(road: str, optimizer: ScheduleFree) -> ScheduleFree:
-    optimizer._walk.on_host = road == "host"
+    optimizer._walk.on_host = road != "device"
+    optimizer._walk.native = road == "native"
+    if road == "native" and native.library() is None:
+        pytest.skip(f"no native library: {native.why_not()}")
     return optimizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anytimed.optim.neuron_norm import row_scale, row_squares, second_moment
+from anytimed.optim.neuron_norm import row_norms, row_scale, second_moment
 from anytimed.optim.orthogonal import Coefficients, _square, polar, working_dtype
 from anytimed.optim.scratch import Scratch
 from tests.reference.schedule_free import polar as polar64
@@ -161,11 +161,11 @@ def test_the_cpu_works_in_bfloat16_where_it_multiplies_it_in_hardware(monkeypatc
 def test_rows_are_normalised_and_the_length_is_as_asked(shape: tuple[int, int]) -> None:
     p = stack(shape)
     p[2] = 0
-    squares = row_squares(p)
-    v = second_moment(torch.zeros(3, shape[0]), squares, shape[1], beta2=0.95)
+    norms = row_norms(p)
+    v = second_moment(torch.zeros(3, shape[0]), norms, shape[1], beta2=0.95)
     # single precision throughout
     assert torch.allclose(v, 0.05 * (p * p).mean(dim=2), rtol=1e-5)
-    scale, lengths_squared = row_scale(squares, v, torch.tensor([0.7]), eps=1e-8)
+    scale, lengths_squared = row_scale(norms, v, torch.tensor([0.7]), eps=1e-8)
     update = p * scale.unsqueeze(2)
     assert torch.allclose(lengths_squared, torch.tensor([0.49, 0.49, 0.0]))
     assert torch.equal(update[2], torch.zeros(shape))

@@ -26,13 +26,23 @@ def second_moment_(v: Tensor, g: Tensor, beta2: float, active: Tensor | None, sc
 
 
 def correction(updates: Tensor, beta2: float) -> Tensor:
-    """1 - beta2^u, float32, of every parameter. updates: u, int64; 0 only where a parameter never had a gradient."""
-    return (1.0 - torch.pow(beta2, updates.to(torch.float64))).to(torch.float32)
+    """1 / (1 - beta2^u), float32, of every parameter. updates: u, int64; infinite only where a parameter never had a
+    gradient. A factor, so that no element has to be divided by it."""
+    return (1.0 - torch.pow(beta2, updates.to(torch.float64))).reciprocal_().to(torch.float32)
 
 
 def denominator(v: Tensor, corrected_by: Tensor, eps: float, out: Tensor) -> Tensor:
     """D, of v's shape, into `out`. corrected_by: `correction`, broadcast over v."""
-    return torch.div(v, corrected_by, out=out).sqrt_().add_(eps)
+    return root_(torch.mul(v, corrected_by, out=out)).add_(eps)
+
+
+def root_(x: Tensor) -> Tensor:
+    """sqrt(x), in place, as 1 / rsqrt(x); 0 for 0.
+
+    On a CPU torch.sqrt is another library's, which rounds otherwise from one processor to the next, and takes longer
+    (measured); rsqrt and a reciprocal are torch's own.
+    """
+    return x.rsqrt_().reciprocal_()
 
 
 def direction(v: Tensor, g: Tensor, corrected_by: Tensor, eps: float, scratch: Scratch) -> Tensor:

@@ -6,17 +6,38 @@ The page is the class's docstring. Source: arXiv 2605.22432.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from anytimed.optim.averaging import blend_
+from anytimed.optim.neuron_norm import row_norms
 from anytimed.optim.orthogonal import Coefficients
+from anytimed.optim.rules import Momentum, Scaled, Scales
 from anytimed.optim.schedule_free import Group, ScheduleFree
 from anytimed.optim.settings import LearningRate, adamw_options, averaging_options, half, orthogonal_options
-from anytimed.optim.stacks import MatrixStack
-from anytimed.optim.walk import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralScale:
+    """How far AMUSE moves: `rules.Scales`. Every block of rows by eta s, with s from its own shape; no v."""
+
+    scale: Literal["match_rms", "spectral"]
+    row_splits: tuple[int, ...] | None
+
+    def of(self, m: int, n: int) -> float:
+        """s of a matrix (m, n)."""
+        return float(0.2 * max(m, n) ** 0.5 if self.scale == "match_rms" else max(1.0, m / n) ** 0.5)
+
+    def rows(self, m: int, n: int, eta: Tensor) -> Tensor:
+        """What every row of P is multiplied by: (m,)."""
+        return torch.cat([(eta * self.of(rows, n)).expand(rows) for rows in self.row_splits or (m,)])
+
+    def __call__(self, p: Tensor, v: Tensor, eta: Tensor) -> Scaled:
+        b, m, n = p.shape
+        scale = self.rows(m, n, eta)
+        return Scaled(scale.view(1, -1, 1).expand(b, -1, -1), (row_norms(p) * scale).square().sum(dim=1), None)
 
 
 class AMUSE(ScheduleFree):
@@ -53,16 +74,7 @@ class AMUSE(ScheduleFree):
         aux_beta2               0.999 officially     AdamW's second moment; 0.99 in our pilot, the default
         orthogonal_*                                 as in `SFNorMuon`
 
-    Common to the three optimizers, by keyword:
-
-        averaging_power         0          r: step t weighs t^r; above 0, x is about the last t / (r + 1) steps
-        averaging_lr_power      2          p: a step weighs eta_t^p
-        averaging_window_steps  none       N caps the weight sum at N w_t: x forgets beyond about N steps
-        lean                    False      8 bytes of state an element for 14: no x, no compensation. x is recovered
-                                           from the parameters, which must be float32, and is part of their state. Its
-                                           error grows: 2e-5, 1e-4, 1.4e-3 of x after 1e4, 1e5, 1e6 steps
-        compiled                False      torch.compile the work on single elements: for CUDA; on a CPU it gains
-                                           nothing (measured) and the first step takes seconds
+    averaging_power, averaging_lr_power, averaging_window_steps, lean, compiled: `ScheduleFree`, common to all three.
 
     State: 14 bytes an element everywhere (z 4, x 4, momentum or v 4, compensation 2). When to use: to compare with
     SF-NorMuon; its gradients are taken nearer the fast iterate at first, and it keeps no second moment for matrices.
@@ -92,7 +104,7 @@ class AMUSE(ScheduleFree):
         orthogonal_coefficients: Coefficients = "quintic",
         orthogonal_gram: bool = False,
         lean: bool = False,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -123,35 +135,12 @@ class AMUSE(ScheduleFree):
             compiled=compiled,
         )
 
-    def _direct(
-        self,
-        eta: Tensor,
-        group: Group,
-        stack: MatrixStack,
-        batch: slice,
-        gradients: Parts,
-        active: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mu, momentum = group["mu"], stack.momentum[batch]
-        nesterov = self._walk.scratch.take("nesterov", momentum.shape)
-        if stack.missing():
-            nesterov.zero_()  # whatever it gives is not used, but must not be slow or NaN
-        for at, g, here in gradients:
-            blend_(momentum[at], g, 1.0 - mu, here)
-            torch.lerp(g, momentum[at], mu, out=nesterov[at])
-        p = self._polar(nesterov, group)
-        splits = group.get("row_splits")
-        if splits is None:
-            scale = (eta * self._scale(group, stack.rows, stack.columns)).view(1, 1, 1)
-        else:  # one factor a row, so that each projection of a fused matrix has its own
-            factors = [(eta * self._scale(group, rows, stack.columns)).expand(rows) for rows in splits]
-            scale = torch.cat(factors).view(1, -1, 1)
-        # For a metric: the norms of bfloat16 matrices come in bfloat16, which is four times as quick.
-        norms = torch.linalg.vector_norm(p, dim=2 if splits else (1, 2)).view(len(p), -1).to(torch.float32)
-        return p, scale.expand(len(p), -1, -1), (norms * scale.view(1, -1)).square_().sum(dim=1)
+    def _momentum(self, group: Group) -> Momentum:
+        return Momentum(group["mu"], nesterov=True)
 
-    def _scale(self, group: Group, m: int, n: int) -> float:
-        return float(0.2 * max(m, n) ** 0.5 if group["scale"] == "match_rms" else max(1.0, m / n) ** 0.5)
+    def _scales(self, group: Group) -> Scales:
+        splits = group.get("row_splits")
+        return SpectralScale(group["scale"], None if splits is None else tuple(splits))
 
     def _next_beta(self, group: Group, t: Tensor, weight_sum: Tensor, reference_sum: Tensor, last_warm: int) -> Tensor:
         # W_{t-1} is 0 only where every learning rate was: nothing has been averaged, and S_t is 1.

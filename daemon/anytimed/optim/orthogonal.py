@@ -18,6 +18,7 @@ bfloat16, because the squares of the singular values are what is rounded. Off un
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
@@ -72,6 +73,51 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if quick else torch.float32
 
 
+def safety_of(coefficients: Coefficients) -> float:
+    """By how much norms are raised before the first iteration."""
+    return POLAR_EXPRESS_SAFETY if coefficients == "polar_express" else 1.0
+
+
+def normalised(matrices: Tensor, dtype: torch.dtype, safety: float, scratch: Scratch) -> Tensor:
+    """Every matrix of (k, m, n) float32 by its norm, where the iterations expect it. The norm is taken over the norms
+    of the rows: those are taken in parallel, and no sum gets long."""
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=2), dim=1)
+    factor = norm.mul_(safety).add_(NORM_EPS).reciprocal_().view(-1, 1, 1)
+    return torch.mul(matrices, factor, out=beginning(matrices.shape, dtype, scratch))
+
+
+def beginning(shape: torch.Size, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """Where the iterations expect the normalised matrices (k, m, n)."""
+    k, m, n = shape
+    return scratch.take_aligned("polar.x", (k, m, n), dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class NewtonSchulz:
+    """`polar` with its options; normalised: see there, `is_normalised`."""
+
+    dtype: torch.dtype
+    coefficients: Coefficients
+    gram: bool
+    row_splits: tuple[int, ...] | None
+    scratch: Scratch
+
+    @property
+    def safety(self) -> float:
+        return safety_of(self.coefficients)
+
+    def __call__(self, matrices: Tensor, *, normalised: bool = False) -> Tensor:
+        return polar(
+            matrices,
+            dtype=self.dtype,
+            coefficients=self.coefficients,
+            gram=self.gram,
+            row_splits=self.row_splits,
+            scratch=self.scratch,
+            is_normalised=normalised,
+        )
+
+
 def polar(
     matrices: Tensor,
     *,
@@ -80,50 +126,42 @@ def polar(
     gram: bool = False,
     row_splits: Sequence[int] | None = None,
     scratch: Scratch | None = None,
+    is_normalised: bool = False,
 ) -> Tensor:
     """Newton-Schulz polar factor of every matrix of a stack.
 
     matrices: (k, m, n) or (m, n), float32, not changed. Returns the same shape in the dtype of the products; a zero
     matrix gives exact zeros. dtype: in which the products are taken (`working_dtype` if None). row_splits: the rows of
     every projection of a fused matrix, which are orthogonalised each for itself. With `scratch` the result lies in its
-    memory and may be overwritten by the caller, until the next call.
+    memory and may be overwritten by the caller, until the next call. is_normalised: matrices are what `normalised` gave
+    (no row_splits), and are overwritten.
     """
-    if matrices.ndim == 2:
-        return polar(
-            matrices.unsqueeze(0),
-            dtype=dtype,
-            coefficients=coefficients,
-            gram=gram,
-            row_splits=row_splits,
-            scratch=scratch,
-        ).squeeze(0)
-    dtype = working_dtype(matrices.device) if dtype is None else dtype
-    scratch = Scratch(matrices.device) if scratch is None else scratch
-    polynomials = COEFFICIENTS[coefficients]
-    safety = POLAR_EXPRESS_SAFETY if coefficients == "polar_express" else 1.0
-    k, m, n = matrices.shape
-    if row_splits is None or len(row_splits) == 1:
-        return _iterate(matrices, polynomials, safety, gram, dtype, scratch)
-    out = scratch.take("polar.out", (k, m, n), dtype)
-    if len(set(row_splits)) == 1 and matrices.is_contiguous():
-        blocks = matrices.view(k * len(row_splits), row_splits[0], n)
-        out.view(blocks.shape).copy_(_iterate(blocks, polynomials, safety, gram, dtype, scratch))
-        return out
-    sizes = list(row_splits)
-    for block, target in zip(torch.split(matrices, sizes, dim=1), torch.split(out, sizes, dim=1), strict=True):
-        target.copy_(_iterate(block, polynomials, safety, gram, dtype, scratch))
-    return out
+    stack = matrices if matrices.ndim == 3 else matrices.unsqueeze(0)
+    dtype = working_dtype(stack.device) if dtype is None else dtype
+    scratch = Scratch(stack.device) if scratch is None else scratch
+    safety = safety_of(coefficients)
+
+    def iterated(part: Tensor) -> Tensor:
+        x = part if is_normalised else normalised(part, dtype, safety, scratch)
+        return _iterate(x, COEFFICIENTS[coefficients], gram, scratch)
+
+    if row_splits is None:
+        out = iterated(stack)
+    else:
+        out = scratch.take("polar.out", stack.shape, dtype)
+        if len(set(row_splits)) == 1 and stack.is_contiguous():
+            blocks = stack.view(-1, row_splits[0], stack.shape[2])
+            out.view(blocks.shape).copy_(iterated(blocks))
+        else:
+            for block, target in zip(*(torch.split(t, list(row_splits), dim=1) for t in (stack, out)), strict=True):
+                target.copy_(iterated(block))
+    return out if matrices.ndim == 3 else out.squeeze(0)
 
 
-def _iterate(
-    matrices: Tensor, polynomials: Sequence[Triple], safety: float, gram: bool, dtype: torch.dtype, scratch: Scratch
-) -> Tensor:
-    """The five iterations, in `dtype`, in scratch memory. matrices: (k, m, n) float32."""
-    k, m, n = matrices.shape
-    short = min(m, n)
-    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).mul_(safety).add_(NORM_EPS)
-    x = scratch.take_aligned("polar.x", (k, m, n), dtype)
-    torch.div(matrices, norm, out=x)
+def _iterate(x: Tensor, polynomials: Sequence[Triple], gram: bool, scratch: Scratch) -> Tensor:
+    """The five iterations, in scratch memory. x: (k, m, n), normalised, in the dtype of the products; overwritten."""
+    k, m, n = x.shape
+    short, dtype = min(m, n), x.dtype
     spare = scratch.take_aligned("polar.spare", (k, m, n), dtype)
     a_matrix = scratch.take_aligned("polar.gram", (k, short, short), dtype)
     mixed = scratch.take_aligned("polar.mixed", (k, short, short), dtype)

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from anytimed.optim import compiled
 from anytimed.optim.averaging import Clock, recover, settle_
-from anytimed.optim.orthogonal import polar, working_dtype
+from anytimed.optim.orthogonal import NewtonSchulz, working_dtype
+from anytimed.optim.rules import AdamW, Momentum, Scales, Spectral
 from anytimed.optim.settings import check_lean, check_options, check_parameters
 from anytimed.optim.stacks import FlatStack, MatrixStack, Stack
 from anytimed.optim.sweep import Pace
-from anytimed.optim.walk import AdamW, Parts, Walk
+from anytimed.optim.walk import Walk
 
 Group = dict[str, Any]
 """A parameter group as torch keeps it: params and options."""
@@ -46,6 +48,17 @@ class ScheduleFree(Optimizer):
     of the first spectral group (the first group if there is none): w_t, c_t and beta_t follow from it for all of them.
     A group added later gets a clock of its own, starting at t = 0 with its own warm-up; a `clock` index in the group
     says otherwise.
+
+    Arguments that all three optimizers take, by keyword:
+
+        averaging_power         0          r: step t weighs t^r; above 0, x is about the last t / (r + 1) steps
+        averaging_lr_power      2          p: a step weighs eta_t^p
+        averaging_window_steps  none       N caps the weight sum at N w_t: x forgets beyond about N steps
+        lean                    False      8 bytes of state an element for 14: no x, no compensation. x is recovered
+                                           from the parameters, which must be float32, and is part of their state. Its
+                                           error grows: 2e-5, 1e-4, 1.4e-3 of x after 1e4, 1e5, 1e6 steps
+        compiled                by device  torch.compile the work on single elements; the first step takes seconds.
+                                           None: on CUDA where Triton is there. A CPU has something quicker (`native`)
 
     Options are read at each step, so that lr, warm-up and all else may change on a live optimizer: weights follow the
     learning rate, the sums stay. Lowering lr tenfold makes new weights a hundredth of the old, and x all but stands
@@ -70,7 +83,7 @@ class ScheduleFree(Optimizer):
         shared: Mapping[str, Any],
         first_beta: str,
         lean: bool,
-        compiled: bool,
+        compiled: bool | None,
     ) -> None:
         """options: by rule, the defaults of a group; shared: the defaults of what a clock reads; first_beta: the option
         that holds beta at t = 0."""
@@ -92,26 +105,22 @@ class ScheduleFree(Optimizer):
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
-    def _direct(
-        self,
-        eta: Tensor,
-        group: Group,
-        stack: MatrixStack,
-        batch: slice,
-        gradients: Parts,
-        active: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`walk.Direct` of this optimizer's rule for hidden matrices, at eta (0-d float32)."""
+    def _momentum(self, group: Group) -> Momentum:
+        """How the matrices of a group take in their gradients."""
         raise NotImplementedError
 
-    def _polar(self, matrices: Tensor, group: Group) -> Tensor:
-        """polar of a batch of matrices, (b, m, n) float32, as the group's options say; in scratch memory."""
-        return polar(
-            matrices,
+    def _scales(self, group: Group) -> Scales:
+        """How far they move, once orthogonalised."""
+        raise NotImplementedError
+
+    def _polar(self, group: Group) -> NewtonSchulz:
+        """How they are orthogonalised."""
+        splits = group.get("row_splits")
+        return NewtonSchulz(
             dtype=getattr(torch, group["orthogonal_dtype"]),
             coefficients=group["orthogonal_coefficients"],
             gram=group["orthogonal_gram"],
-            row_splits=group.get("row_splits"),
+            row_splits=None if splits is None else tuple(splits),
             scratch=self._walk.scratch,
         )
 
@@ -192,7 +201,9 @@ class ScheduleFree(Optimizer):
             if clock == len(self._clocks):
                 self._clocks.append(Clock(params[0].device, group[self._first_beta]))
         if len(self._stacks) == 1:
-            self._walk = Walk(params[0].device, self._compiled)
+            decided = compiled.decided(params[0].device) if self._compiled is None else self._compiled
+            self._walk = Walk(params[0].device, decided)
+        self._walk.consider(sum(stack.z.numel() for stacks in self._stacks for stack in stacks))
         if rule == "spectral" and group["orthogonal_dtype"] is None:
             # Decided once, here, and part of the state: another machine goes on with the same arithmetic.
             group["orthogonal_dtype"] = str(working_dtype(params[0].device)).removeprefix("torch.")
@@ -307,11 +318,12 @@ class ScheduleFree(Optimizer):
             squares: list[Tensor] = []
             for stack in stacks:
                 if isinstance(stack, MatrixStack):
-                    squares += self._walk.matrices(stack, pace, grad_scale, partial(self._direct, eta, group))
+                    spectral = Spectral(eta, self._momentum(group), self._polar(group), self._scales(group))
+                    squares += self._walk.matrices(stack, pace, grad_scale, spectral)
                 else:
                     assert isinstance(stack, FlatStack)
-                    rule = AdamW(eta, group["beta2"], group["eps"], moved=eta_of_all is not None)
-                    squares += self._walk.flat(stack, pace, grad_scale, rule)
+                    adamw = AdamW(eta, group["beta2"], group["eps"], moved=eta_of_all is not None)
+                    squares += self._walk.flat(stack, pace, grad_scale, adamw)
             moved_by = torch.cat([s.reshape(-1) for s in squares]).sum() if squares else torch.zeros_like(eta)
             settle_(self._update_squares[index], moved_by, gate)
 
@@ -489,16 +501,24 @@ class ScheduleFree(Optimizer):
             )
 
     def arithmetic(self) -> dict[str, str]:
-        """What was decided about this machine and has to be so on the next, for the same bits: in which dtype matrices
-        are orthogonalised."""
+        """What was decided about this machine and has to be so on the next, for the same bits: who does the work on
+        single elements, "torch" or its "compiler"; in which dtype matrices are orthogonalised."""
         dtypes = [g["orthogonal_dtype"] for g in self.param_groups if g["rule"] == "spectral"]
-        return {"orthogonal_dtype": dtypes[0]} if dtypes else {}
+        found = {"elements_by": "compiler" if self._walk.compiled else "torch"}
+        return found | ({"orthogonal_dtype": dtypes[0]} if dtypes else {})
 
     def load_arithmetic(self, arithmetic: Mapping[str, str]) -> None:
-        """The inverse of `arithmetic`; what the constructor was told stays as it was told."""
+        """The inverse of `arithmetic`; what the constructor was told stays as it was told, and a machine without a
+        compiler does without."""
         check_options(dict(arithmetic), type(self).__name__)
-        for index in self._decided:
-            self.param_groups[index].update(arithmetic)
+        dtype, elements_by = arithmetic.get("orthogonal_dtype"), arithmetic.get("elements_by")
+        if elements_by not in (None, "torch", "compiler"):
+            raise ValueError(f'{type(self).__name__}: elements_by = {elements_by!r}, expected "torch" or "compiler"')
+        if dtype is not None:
+            for index in self._decided:
+                self.param_groups[index]["orthogonal_dtype"] = dtype
+        if self._compiled is None and elements_by is not None:
+            self._walk.compiled = elements_by == "compiler" and compiled.decided(self._walk.scratch.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a state into the buffers; parameters are not touched: load the module too, or call `restore_y`.

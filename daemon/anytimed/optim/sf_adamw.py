@@ -44,16 +44,7 @@ class SFAdamW(ScheduleFree):
     It needs f(y): a closure that returns it, or step(loss=loss); and gradients as they are, for a clipped one is a
     smaller measure and makes the step longer. Source: arXiv 2511.07767.
 
-    Common to the three optimizers, by keyword:
-
-        averaging_power         0          r: step t weighs t^r; above 0, x is about the last t / (r + 1) steps
-        averaging_lr_power      2          p: a step weighs eta_t^p
-        averaging_window_steps  none       N caps the weight sum at N w_t: x forgets beyond about N steps
-        lean                    False      8 bytes of state an element for 14: no x, no compensation. x is recovered
-                                           from the parameters, which must be float32, and is part of their state. Its
-                                           error grows: 2e-5, 1e-4, 1.4e-3 of x after 1e4, 1e5, 1e6 steps
-        compiled                False      torch.compile the work on single elements: for CUDA; on a CPU it gains
-                                           nothing (measured) and the first step takes seconds
+    averaging_power, averaging_lr_power, averaging_window_steps, lean, compiled: `ScheduleFree`, common to all three.
 
     Groups of any rule are accepted and all go by AdamW, so that the same `param_groups` serve a comparison; plain
     parameters are accepted as well.
@@ -82,7 +73,7 @@ class SFAdamW(ScheduleFree):
         averaging_lr_power: float = 2.0,
         averaging_window_steps: int | None = None,
         lean: bool = False,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ) -> None:
         self._gamma: Tensor | None = None  # the last Polyak step's, for `metrics`
         super().__init__(

@@ -8,15 +8,12 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from anytimed.optim.averaging import blend_, settle_
-from anytimed.optim.neuron_norm import row_scale, row_squares, second_moment
+from anytimed.optim.neuron_norm import NeuronNorm
 from anytimed.optim.orthogonal import Coefficients
+from anytimed.optim.rules import Momentum, Scales
 from anytimed.optim.schedule_free import Group, ScheduleFree
 from anytimed.optim.settings import LearningRate, adamw_options, averaging_options, half, orthogonal_options
-from anytimed.optim.stacks import MatrixStack
-from anytimed.optim.walk import Parts
 
 
 class SFNorMuon(ScheduleFree):
@@ -50,16 +47,7 @@ class SFNorMuon(ScheduleFree):
         orthogonal_coefficients quintic              or "polar_express" (arXiv 2505.16932): closer to orthogonal
         orthogonal_gram         False                fewer products for long matrices, twice the error in bfloat16
 
-    Common to the three optimizers, by keyword:
-
-        averaging_power         0          r: step t weighs t^r; above 0, x is about the last t / (r + 1) steps
-        averaging_lr_power      2          p: a step weighs eta_t^p
-        averaging_window_steps  none       N caps the weight sum at N w_t: x forgets beyond about N steps
-        lean                    False      8 bytes of state an element for 14: no x, no compensation. x is recovered
-                                           from the parameters, which must be float32, and is part of their state. Its
-                                           error grows: 2e-5, 1e-4, 1.4e-3 of x after 1e4, 1e5, 1e6 steps
-        compiled                False      torch.compile the work on single elements: for CUDA; on a CPU it gains
-                                           nothing (measured) and the first step takes seconds
+    averaging_power, averaging_lr_power, averaging_window_steps, lean, compiled: `ScheduleFree`, common to all three.
 
     State: 14 bytes an element (z 4, x 4, momentum 4, compensation 2) and 4 a row for matrices; 14 an element (v for
     momentum) elsewhere. When to use: the default. One set of numbers for every length of the run; served at any step.
@@ -91,7 +79,7 @@ class SFNorMuon(ScheduleFree):
         orthogonal_coefficients: Coefficients = "quintic",
         orthogonal_gram: bool = False,
         lean: bool = False,
-        compiled: bool = False,
+        compiled: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -122,22 +110,9 @@ class SFNorMuon(ScheduleFree):
             compiled=compiled,
         )
 
-    def _direct(
-        self,
-        eta: Tensor,
-        group: Group,
-        stack: MatrixStack,
-        batch: slice,
-        gradients: Parts,
-        active: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        momentum, v = stack.momentum[batch], stack.v[batch]
-        for at, g, here in gradients:
-            blend_(momentum[at], g, 1.0 - group["mu"], here)
-        p = self._polar(momentum, group)
-        squares = row_squares(p)
-        settle_(v, second_moment(v, squares, stack.columns, group["beta2"]), stack.row_mask(active))
+    def _momentum(self, group: Group) -> Momentum:
+        return Momentum(group["mu"], nesterov=False)
+
+    def _scales(self, group: Group) -> Scales:
         splits = group.get("row_splits")
-        lengths = torch.stack([eta * (0.2 * (rows * stack.columns) ** 0.5) for rows in splits or (stack.rows,)])
-        scale, lengths_squared = row_scale(squares, v, lengths, group["eps"], splits)
-        return p, scale.unsqueeze(2), lengths_squared
+        return NeuronNorm(group["beta2"], group["eps"], None if splits is None else tuple(splits))

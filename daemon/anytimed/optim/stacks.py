@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from anytimed.optim.scratch import Scratch
+from anytimed.optim.sweep import Elements
 
 STACK_ELEMENTS: Final = 2**25
 """A stack of matrices ends here (128 MiB a float32 buffer), so that the scratch memory of a step stays small."""
@@ -76,12 +77,18 @@ class Stack(ABC):
             self.comp.zero_()
 
     @abstractmethod
-    def split(self, buffer: Tensor) -> list[Tensor]:
-        """Views of a buffer shaped like z, one a parameter, in the parameter's shape."""
+    def split(self, buffer: Tensor, part: slice = slice(None)) -> list[Tensor]:
+        """Views of a buffer shaped like z, one a parameter, in the parameter's shape; or of some parameters' part of
+        it."""
 
     @abstractmethod
     def spread(self, per_parameter: Tensor) -> Tensor:
         """Something that broadcasts over z's shape, from (k,), one value a parameter, or from 0-d."""
+
+    def elements(self, y: Tensor, part: slice = slice(None)) -> Elements:
+        """z, x and comp, or a part of them along the first dimension, beside `y`, which has that shape."""
+        x, comp = (None, None) if self.lean else (self.x[part], self.comp[part])
+        return Elements(self.z[part], x, comp, y)
 
     def pieces(self, i: int, shape: tuple[int, ...], most: int) -> list[Piece]:
         """Parameter i, seen in `shape`, cut along the first dimension into equal pieces of about `most` elements."""
@@ -133,10 +140,16 @@ class Stack(ABC):
         out.view(given.shape).copy_(given)
         return out if scale is None else out.mul_(scale)
 
-    def held(self, scratch: Scratch) -> Tensor:
-        """What the parameters hold, in one float32 tensor of z's shape."""
-        out = scratch.take("y", self.z.shape)
-        torch.cat([p.detach().reshape(-1) for p in self.params], out=out.view(-1))
+    def plain_gradients(self, part: slice) -> list[Tensor] | None:
+        """The gradients of some parameters where all are float32 and contiguous, else None."""
+        gs = [p.grad for p in self.params[part]]
+        plain = all(g is not None and g.dtype == torch.float32 and g.is_contiguous() for g in gs)
+        return [g for g in gs if g is not None] if plain else None
+
+    def held(self, scratch: Scratch, part: slice = slice(None)) -> Tensor:
+        """What the parameters hold, or some of them, in one float32 tensor of z's shape."""
+        out = scratch.take("y", self.z[part].shape)
+        torch.cat([p.detach().reshape(-1) for p in self.params[part]], out=out.view(-1))
         return out
 
     def active(self, missing: list[int], gate: Tensor | None) -> Tensor | None:
@@ -157,9 +170,9 @@ class Stack(ABC):
         """`active` so that it broadcasts over z."""
         return None if active is None else self.spread(active)
 
-    def write_(self, values: Tensor) -> None:
-        """Put values, shaped like z, into the parameters, rounded to their dtype."""
-        torch._foreach_copy_(self.params, self.split(values))
+    def write_(self, values: Tensor, part: slice = slice(None)) -> None:
+        """Put values, shaped like z, into the parameters, or into some of them, rounded to their dtype."""
+        torch._foreach_copy_(self.params[part], self.split(values, part))
 
     def _common_state(self) -> list[dict[str, Tensor]]:
         buffers = {"z": self.z} if self.lean else {"z": self.z, "x": self.x, "comp": self.comp}
@@ -195,15 +208,11 @@ class MatrixStack(Stack):
             stacks += [cls(same[i : i + at_once], row_moments, lean) for i in range(0, len(same), at_once)]
         return stacks
 
-    def split(self, buffer: Tensor) -> list[Tensor]:
-        return [b.view(p.shape) for b, p in zip(buffer.unbind(0), self.params, strict=True)]
+    def split(self, buffer: Tensor, part: slice = slice(None)) -> list[Tensor]:
+        return [b.view(p.shape) for b, p in zip(buffer.unbind(0), self.params[part], strict=True)]
 
     def spread(self, per_parameter: Tensor) -> Tensor:
         return per_parameter.view(-1, 1, 1)
-
-    def row_mask(self, active: Tensor | None) -> Tensor | None:
-        """`active` over (k, m)."""
-        return None if active is None else active.view(-1, 1)
 
     def state(self) -> list[dict[str, Tensor]]:
         momentum = self.split(self.momentum)
@@ -230,8 +239,9 @@ class FlatStack(Stack):
             (small if p.numel() < PACKED_ELEMENTS else large).append(p)
         return [cls(ps, lean) for ps in [small, *([p] for p in large)] if ps]
 
-    def split(self, buffer: Tensor) -> list[Tensor]:
-        return [b.view(p.shape) for b, p in zip(torch.split(buffer, self.sizes), self.params, strict=True)]
+    def split(self, buffer: Tensor, part: slice = slice(None)) -> list[Tensor]:
+        parts = torch.split(buffer, self.sizes[part])
+        return [b.view(p.shape) for b, p in zip(parts, self.params[part], strict=True)]
 
     def spread(self, per_parameter: Tensor) -> Tensor:
         if self._owner is None or per_parameter.ndim == 0:

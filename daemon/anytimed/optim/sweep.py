@@ -1,19 +1,16 @@
 """What a step does to every element once the rule has said where z goes: z moves, x averages, y is computed.
 
-One function, `sweep_`, on views of one shape, so that a caller may hand it a whole stack or a piece that fits the
-cache. In order: z <- z - eta lambda z - scale * direction; x <- (1 - c) x + c z, compensated;
-y <- (1 - beta) z + beta x. A lean caller has no x: it is recovered from y and z before z moves, averaged, and goes back
-into y.
+One function, `sweep_` (`compiled` has it for a compiler), on views of one shape, so that a caller may hand it a whole
+stack or a piece that fits the cache. In order: z <- z - eta lambda z - scale * direction; x <- (1 - c) x + c z,
+compensated; y <- (1 - beta) z + beta x. A lean caller has no x: it is recovered from y and z before z moves, averaged,
+and goes back into y.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
-from types import FunctionType
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from anytimed.optim.averaging import average_, gradient_point, recover, settle_
@@ -38,30 +35,32 @@ class Pace:
     gate: Tensor | None
 
 
-Sweep = Callable[..., None]
-"""`sweep_`, or something that does the same."""
+class Elements(NamedTuple):
+    """Views of one shape, changed in place. z, x: float32; comp: bfloat16; y: float32, which gets the new y. x and comp
+    None: lean, and y holds the old one."""
+
+    z: Tensor
+    x: Tensor | None
+    comp: Tensor | None
+    y: Tensor
 
 
-def sweep_(
-    z: Tensor,
-    x: Tensor | None,
-    comp: Tensor | None,
-    y: Tensor,
-    direction: Tensor | None,
-    scale: Tensor | None,
-    active: Tensor | None,
-    pace: Pace,
-    scratch: Scratch,
-) -> None:
-    """One step of z, x and y, in place.
+class Move(NamedTuple):
+    """What z moves against: scale * direction, where active. direction: of z's shape, float32 or bfloat16; scale
+    (float32) and active (bool; None: everywhere) broadcast over it."""
 
-    z, x, y: float32, comp: bfloat16, all of one shape; x and comp None: lean, and y holds the old one. direction: of
-    that shape, scale: broadcasts over it, what z moves against; both None: z stays. active: bool, broadcasts; where
-    False z stays too.
-    """
+    direction: Tensor
+    scale: Tensor
+    active: Tensor | None
+
+
+def sweep_(elements: Elements, move: Move | None, pace: Pace, scratch: Scratch) -> None:
+    """One step of z, x and y, in place. move None: z stays, x averages all the same."""
+    z, x, comp, y = elements
     if x is None and pace.last_beta is not None:
         recovered = recover(z, y, pace.last_beta, scratch.take("recovered", z.shape))
-    if direction is not None and scale is not None:
+    if move is not None:
+        direction, scale, active = move
         if active is None:
             if pace.minus_decay is not None:
                 z.addcmul_(z, pace.minus_decay)
@@ -77,99 +76,3 @@ def sweep_(
     else:
         point = gradient_point(z, recovered.lerp_(z, pace.c), pace.beta, recovered)
         settle_(y, point, pace.gate)
-
-
-def swept(
-    z: Tensor,
-    x: Tensor | None,
-    comp: Tensor | None,
-    y: Tensor,
-    direction: Tensor | None,
-    scale: Tensor | None,
-    active: Tensor | None,
-    minus_decay: Tensor | None,
-    c: Tensor,
-    beta: Tensor,
-    last_beta: Tensor | None,
-    gate: Tensor | None,
-) -> None:
-    """`sweep_` without working memory, for a compiler to fuse into one loop over the elements."""
-    moved = z
-    if direction is not None and scale is not None:
-        if minus_decay is not None:
-            moved = moved + moved * minus_decay
-        moved = moved - direction * scale
-        moved = moved if active is None else torch.where(active, moved, z)
-    if x is not None and comp is not None:
-        delta = comp.to(torch.float32) + c * (moved - x)
-        total = x + delta
-        owed = (delta + (x - total)).to(comp.dtype)
-        if gate is not None:
-            owed, total = torch.where(gate, owed, comp), torch.where(gate, total, x)
-        comp.copy_(owed)
-        x.copy_(total)
-        point = torch.lerp(moved, total, beta)
-    else:
-        assert last_beta is not None
-        point = torch.lerp(moved, torch.lerp(z + (y - z) / last_beta, moved, c), beta)
-        point = point if gate is None else torch.where(gate, point, y)
-    y.copy_(point)
-    z.copy_(moved)
-
-
-@cache
-def _kernel(kind: tuple[Hashable, ...]) -> Sweep:
-    """`swept`, compiled, with code of its own: torch counts compilations by code, and stops at eight."""
-    alone = FunctionType(swept.__code__.replace(), swept.__globals__)
-    return torch.compile(alone, dynamic=True, fullgraph=True)
-
-
-def compiled_sweep(
-    z: Tensor,
-    x: Tensor | None,
-    comp: Tensor | None,
-    y: Tensor,
-    direction: Tensor | None,
-    scale: Tensor | None,
-    active: Tensor | None,
-    pace: Pace,
-    scratch: Scratch,
-) -> None:
-    """`sweep_`, compiled. The compiler runs at the first step (seconds), once for each kind of call and for all sizes;
-    it needs a C++ compiler on a CPU, and Triton on CUDA.
-
-    What it sees is (rows, columns) with one scale a row, or (N,) with a single scale; a length of 1 would be another
-    kind, and goes by `sweep_`. y has the bits that `swept` gives it; `gradient_point` rounds once less on a CPU.
-    """
-    columns = z.shape[-1] if z.ndim > 1 else 1
-    rows = z.numel() // max(1, columns)
-    shape = (rows, columns) if min(rows, columns) > 1 else (z.numel(),)
-    if z.numel() < 2 or (columns == 1 and z.ndim > 1):
-        return sweep_(z, x, comp, y, direction, scale, active, pace, scratch)
-
-    def along(value: Tensor | None) -> Tensor | None:
-        """One value a row, or one for all."""
-        if value is None or value.ndim == 0:
-            return value
-        if len(shape) == 1:
-            return value.reshape(()) if value.numel() == 1 else value
-        return value.expand(*z.shape[:-1], 1).reshape(rows, 1).contiguous()
-
-    if direction is None:
-        scale = active = None
-    else:
-        direction, scale, active = direction.reshape(shape), along(scale), along(active)
-    state = [None if part is None else part.view(shape) for part in (z, x, comp, y)]
-    told = (pace.minus_decay, pace.c, pace.beta, pace.last_beta, pace.gate)
-    # Detached, a view has forgotten its base, for whose shape the compiler would compile again.
-    given = [None if part is None else part.detach() for part in (*state, direction, scale, active, *told)]
-    kernel = _kernel((len(shape), *(None if part is None else (part.ndim, part.dtype) for part in given)))
-    try:
-        kernel(*given)
-    except RuntimeError as failed:
-        found = f"{failed}"
-        if "C++ compiler" not in found:
-            raise
-        raise RuntimeError(
-            f"compiled=True: {found.partition(chr(10))[0]}; install one (apt-get install g++), or say compiled=False"
-        ) from failed

@@ -1,106 +1,111 @@
 """How a step goes through the stacks: at once on a device, piece by piece on a CPU.
 
-`Walk.matrices` takes a stack of matrices batch by batch: momentum takes in the gradients and the rule turns it into a
-direction (the optimizer's part), then every element is swept. `Walk.flat` does the same for a flat stack under the
-AdamW rule. Whole stacks are masked where a gradient is missing or the gate is closed; pieces leave such parameters out,
-and a CPU has read its gate before. Both write y into the parameters.
+`Walk.matrices` takes a stack of matrices batch by batch: the rule takes in the gradients, orthogonalises and scales,
+then every element is swept. `Walk.flat` does the same for a flat stack under the AdamW rule. Both write y into the
+parameters. Three can do the work on single elements: torch's own operations, `native` on a CPU where it can, to the
+same bits, and `compiled` where the optimizer is.
+
+torch's operations take whole stacks on a device, masked where a gradient is missing or the gate is closed; on a CPU
+they take pieces, which leave such parameters out, and the gate has been read before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from anytimed.optim import adamw, stacks
-from anytimed.optim.averaging import gradient_point
+from anytimed.optim import adamw, compiled, native, stacks
+from anytimed.optim.averaging import gradient_point, settle_
+from anytimed.optim.rules import AdamW, MatrixBatch, Parts, Spectral
 from anytimed.optim.scratch import Scratch
 from anytimed.optim.stacks import FlatStack, MatrixStack, Stack
-from anytimed.optim.sweep import Pace, Sweep, compiled_sweep, sweep_
-
-Parts = Iterator[tuple[int | slice, Tensor, Tensor | None]]
-"""Where in the batch, its gradient (float32, of momentum's shape there), and who is active (None: all)."""
-
-
-class Direct(Protocol):
-    """A rule for matrices: updates the moments of stack[batch] from the gradients and says where z goes."""
-
-    def __call__(
-        self, stack: MatrixStack, batch: slice, gradients: Parts, active: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """direction (b, m, n), float32 or bfloat16; scale (b, m, 1) or (b, 1, 1), float32; squared norm of each update
-        (b,). active: (b,), 0-d or None, who may change."""
+from anytimed.optim.sweep import Elements, Move, Pace, sweep_
 
 
 @dataclass(frozen=True, slots=True)
-class AdamW:
-    """The AdamW rule of one group at one step. eta: 0-d float32; moved: whether v has this step's gradient already."""
+class Turn:
+    """Some matrices of a stack whose turn it is. absent: those without a gradient, by their index in the stack; active:
+    (b,), 0-d or None (all), who may change."""
 
-    eta: Tensor
-    beta2: float
-    eps: float
-    moved: bool = False
+    stack: MatrixStack
+    batch: slice
+    absent: frozenset[int]
+    active: Tensor | None
+
+    @property
+    def members(self) -> range:
+        return range(self.batch.start, self.batch.stop)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """`active`, to broadcast over (b, m, n)."""
+        return self.stack.mask(self.active)
+
+
+def _part(own: tuple[Tensor, Tensor] | None, start: int, stop: int) -> Move | None:
+    """Some rows of a matrix that moves against direction (m, n) times scale (m, 1) or (1, 1); None: it does not."""
+    if own is None:
+        return None
+    direction, scale = own
+    return Move(direction[start:stop], scale[start:stop] if len(scale) > 1 else scale, None)
 
 
 class Walk:
-    """Goes through stacks on one device; keeps the scratch memory and the scale of the gradients."""
+    """Goes through stacks on one device; keeps the scratch memory."""
 
     def __init__(self, device: torch.device, compiled: bool) -> None:
         self.scratch = Scratch(device)
         self.on_host = device.type == "cpu"
         self.compiled = compiled
-        self.sweep: Sweep = compiled_sweep if compiled else sweep_
-        self.piece_elements = stacks.PIECE_ELEMENTS if self.on_host and not compiled else stacks.STACK_ELEMENTS
+        self.native = False
+
+    def consider(self, elements: int) -> None:
+        """The optimizer has so many elements by now: is it worth `native`?"""
+        self.native = self.native or (self.on_host and not self.compiled and native.considered(elements))
+
+    def _goes_native(self, stack: Stack) -> bool:
+        return self.native and self.on_host and native.takes(stack.params, stack.lean)
+
+    def _compiles(self, stack: Stack) -> bool:
+        return self.compiled and compiled.fits(stack.z.shape)
 
     # --- matrices
 
-    def matrices(self, stack: MatrixStack, pace: Pace, grad_scale: Tensor | None, direct: Direct) -> list[Tensor]:
+    def matrices(self, stack: MatrixStack, pace: Pace, grad_scale: Tensor | None, rule: Spectral) -> list[Tensor]:
         """One step of a stack; returns the squared norms of the updates, before the decay."""
         missing = stack.missing()
         none_given = len(missing) == len(stack.params)
         if not none_given:
             stack.count(missing, pace.gate)
-        elements = stack.rows * stack.columns
-        in_pieces = self.on_host and elements >= stacks.TOGETHER_ELEMENTS
-        one_by_one = self.on_host and elements >= stacks.GATHERED_ELEMENTS
         active = stack.active(missing, pace.gate)
-        y = None if in_pieces else self._y(stack)
-        given = None if one_by_one or none_given else stack.gradients(self.scratch, grad_scale)
+        told = native.told(pace) if self._goes_native(stack) else None
+        apart = self.on_host and (told is not None or stack.rows * stack.columns >= stacks.GATHERED_ELEMENTS)
+        gathered = None if apart or none_given else stack.gradients(self.scratch, grad_scale)
         squares: list[Tensor] = []
         for batch in self._batches(stack):
-            mask = active[batch] if active is not None and active.ndim else active
-            direction = scale = None
-            inside = range(batch.start, batch.stop)
-            if not all(i in missing for i in inside):
-                if given is None:
-                    parts = self._one_by_one(stack, batch, missing, grad_scale)
-                else:
-                    parts = iter([(slice(None), given[batch], stack.mask(mask))])
-                direction, scale, square = direct(stack, batch, parts, mask)
-                squares.append(square if mask is None else torch.where(mask, square, torch.zeros_like(square)))
-            if y is not None:
-                self.sweep(
-                    stack.z[batch],
-                    None if stack.lean else stack.x[batch],
-                    None if stack.lean else stack.comp[batch],
-                    y[batch],
-                    direction,
-                    scale,
-                    stack.mask(mask),
-                    pace,
-                    self.scratch,
-                )
+            absent = frozenset(i for i in missing if batch.start <= i < batch.stop)
+            turn = Turn(stack, batch, absent, active[batch] if active is not None and active.ndim else active)
+            if len(absent) == len(turn.members):
+                self._swept(turn, None, pace)
                 continue
-            for i in inside:
-                at = i - batch.start
-                here = None if direction is None or i in missing else direction[at]
-                rows = None if here is None or scale is None else scale[at]
-                self._pieces(stack, i, (stack.rows, stack.columns), here, rows, None, pace)
-        if y is not None:
-            stack.write_(y)
+            p = None
+            if told is not None and not absent and grad_scale is None:
+                p = self._native_polar(turn, rule)
+            if p is None:
+                p = rule.polar(rule.momentum(self._gradients_of(turn, gathered, grad_scale), self.scratch))
+            if self._compiles(stack):
+                squares.append(self._moved_by_compiler(turn, p, pace, rule))
+            elif told is not None and not absent and p.is_contiguous():
+                state, v = stack.elements(stack.z, batch), stack.v[batch]
+                squares.append(
+                    native.matrices_(stack.params[batch], state, p, v, rule.scales, rule.eta, told, self.scratch)
+                )
+            else:
+                squares.append(self._moved(turn, p, pace, rule))
         return squares
 
     def _batches(self, stack: MatrixStack) -> list[slice]:
@@ -110,110 +115,185 @@ class Walk:
             size = min(count, max(1, stacks.BATCH_ELEMENTS // (stack.rows * stack.columns)))
         return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
-    def _one_by_one(self, stack: MatrixStack, batch: slice, missing: list[int], grad_scale: Tensor | None) -> Parts:
-        for i in range(batch.start, batch.stop):
-            if i not in missing:
-                g = stack.gradient(i, self.scratch, grad_scale)
-                yield i - batch.start, g.view(stack.rows, stack.columns), None
+    def _gradients_of(self, turn: Turn, gathered: Tensor | None, grad_scale: Tensor | None) -> MatrixBatch:
+        stack, batch = turn.stack, turn.batch
+        if gathered is None:
+            parts = self._one_by_one(turn, grad_scale)
+        else:
+            parts = iter([(slice(None), gathered[batch], turn.mask)])
+        return MatrixBatch(stack.momentum[batch], parts, turn.active)
+
+    def _one_by_one(self, turn: Turn, grad_scale: Tensor | None) -> Parts:
+        for at, i in enumerate(turn.members):
+            if i not in turn.absent:
+                g = turn.stack.gradient(i, self.scratch, grad_scale)
+                yield at, g.view(turn.stack.rows, turn.stack.columns), None
+
+    def _native_polar(self, turn: Turn, rule: Spectral) -> Tensor | None:
+        """P of a batch whose gradients may be read where they lie, else None."""
+        gs = turn.stack.plain_gradients(turn.batch)
+        if gs is None or rule.polar.row_splits is not None:
+            return None
+        momentum = turn.stack.momentum[turn.batch]
+        return rule.polar(native.momentum_(momentum, gs, rule.momentum, rule.polar, self.scratch), normalised=True)
+
+    def _moved(self, turn: Turn, p: Tensor, pace: Pace, rule: Spectral) -> Tensor:
+        """The rest of a batch's step once P is there; returns the squared norm of each update."""
+        if self.on_host and p.dtype != torch.float32:  # once for the norms and the sweep, which would each convert it
+            p = self.scratch.take("direction", p.shape).copy_(p)
+        active, v = turn.active, turn.stack.v[turn.batch]
+        scale, squares, new_v = rule.scales(p, v, rule.eta)
+        if new_v is not None:
+            settle_(v, new_v, None if active is None else active.view(-1, 1))
+        self._swept(turn, Move(p, scale, turn.mask), pace)
+        return squares if active is None else torch.where(active, squares, torch.zeros_like(squares))
+
+    def _moved_by_compiler(self, turn: Turn, p: Tensor, pace: Pace, rule: Spectral) -> Tensor:
+        scale, squares = compiled.scaled_(p, turn.stack.v[turn.batch], rule.scales, rule.eta, turn.active)
+        self._swept(turn, Move(p, scale, turn.mask), pace)
+        return squares
+
+    def _swept(self, turn: Turn, move: Move | None, pace: Pace) -> None:
+        """z, x and y of a batch. move None: z stays."""
+        stack, batch = turn.stack, turn.batch
+        compiles = self._compiles(stack)
+        if self.on_host and not compiles and stack.rows * stack.columns >= stacks.TOGETHER_ELEMENTS:
+            for at, i in enumerate(turn.members):
+                own = None if move is None or i in turn.absent else (move.direction[at], move.scale[at])
+                self._pieces(stack, i, (stack.rows, stack.columns), partial(_part, own), pace)
+            return
+        y = self._y(stack, batch)
+        if compiles:
+            compiled.sweep_(stack.elements(y, batch), move, pace)
+        else:
+            sweep_(stack.elements(y, batch), move, pace, self.scratch)
+        stack.write_(y, batch)
 
     # --- everything else
 
     def flat(self, stack: FlatStack, pace: Pace, grad_scale: Tensor | None, rule: AdamW) -> list[Tensor]:
         """One step of a flat stack; returns the squared norms of the updates, before the decay."""
         missing = stack.missing()
-        none_given = len(missing) == len(stack.params)
-        if not none_given and not rule.moved:
-            stack.count(missing, pace.gate)
+        alone = len(stack.params) == 1
+        g = None
+        if len(missing) < len(stack.params):
+            if not rule.moved:
+                stack.count(missing, pace.gate)
+            g = stack.gradient(0, self.scratch, grad_scale) if alone else stack.gradients(self.scratch, grad_scale)
         active = stack.active(missing, pace.gate)
         corrected_by = adamw.correction(stack.updates, rule.beta2)
-        if len(stack.params) > 1:
+        if not alone:
             # Mostly all have had the same number of updates; a CPU may look, and spares a number per element.
             alike = self.on_host and bool((stack.updates == stack.updates[0]).all())
-            spread = corrected_by[0] if alike else stack.spread(corrected_by)
-            return self._packed(stack, pace, grad_scale, rule, none_given, active, spread)
+            corrected_by = corrected_by[0] if alike else stack.spread(corrected_by)
+        if self._goes_native(stack) and (g is None or (active is None and corrected_by.numel() == 1)):
+            return self._flat_native(stack, pace, g, rule, corrected_by)
+        if alone and not self._compiles(stack):
+            return self._flat_in_pieces(stack, pace, g, rule, active, corrected_by)
+        return self._flat_at_once(stack, pace, g, rule, active, corrected_by)
+
+    def _flat_native(
+        self, stack: FlatStack, pace: Pace, g: Tensor | None, rule: AdamW, corrected_by: Tensor
+    ) -> list[Tensor]:
+        told = native.told(pace)
+        direct = len(stack.params) == 1  # `takes` has seen to it that y can be written there, bfloat16 too
+        elements = stack.elements(stack.params[0].detach().view(-1) if direct else self._y(stack))
+        squares: list[Tensor] = []
+        if g is None:
+            native.still_(elements, told)
+        else:
+            squares.append(native.flat_(elements, stack.v, g, corrected_by, rule, told))
+        if not direct:
+            stack.write_(elements.y)
+        return squares
+
+    def _flat_at_once(
+        self,
+        stack: FlatStack,
+        pace: Pace,
+        g: Tensor | None,
+        rule: AdamW,
+        active: Tensor | None,
+        corrected_by: Tensor,
+    ) -> list[Tensor]:
+        p, mask = stack.params[0].detach(), stack.mask(active)
+        direct = len(stack.params) == 1 and p.dtype == torch.float32 and p.is_contiguous()
+        elements = stack.elements(p.view(-1) if direct else self._y(stack))
+        squares: list[Tensor] = []
+        if self._compiles(stack):
+            if g is None:
+                compiled.sweep_(elements, None, pace)
+            else:
+                squares.append(compiled.flat_(stack.v, g, corrected_by, rule, mask, elements, pace))
+        else:
+            move = None
+            if g is not None:
+                if not rule.moved:
+                    adamw.second_moment_(stack.v, g, rule.beta2, mask, self.scratch)
+                direction = adamw.direction(stack.v, g, corrected_by, rule.eps, self.scratch)
+                counted = direction if mask is None else torch.where(mask, direction, torch.zeros_like(direction))
+                squares.append((torch.linalg.vector_norm(counted) * rule.eta).square())
+                move = Move(direction, rule.eta, mask)
+            sweep_(elements, move, pace, self.scratch)
+        if not direct:
+            stack.write_(elements.y)
+        return squares
+
+    def _flat_in_pieces(
+        self,
+        stack: FlatStack,
+        pace: Pace,
+        g: Tensor | None,
+        rule: AdamW,
+        active: Tensor | None,
+        corrected_by: Tensor,
+    ) -> list[Tensor]:
+        """Of a parameter that has the stack to itself: from its gradient to y, piece by piece."""
         squares: list[Tensor] = []
 
-        def direct(start: int, stop: int) -> Tensor:
+        def moved(start: int, stop: int) -> Move | None:
+            if g is None:
+                return None
             piece, v = g[start:stop], stack.v[start:stop]
             if not rule.moved:
                 adamw.second_moment_(v, piece, rule.beta2, active, self.scratch)
             direction = adamw.direction(v, piece, corrected_by, rule.eps, self.scratch)
             squares.append((torch.linalg.vector_norm(direction) * rule.eta).square())
-            return direction
+            return Move(direction, rule.eta, active)
 
-        if none_given:
-            self._pieces(stack, 0, (stack.z.numel(),), None, None, active, pace)
-        else:
-            g = stack.gradient(0, self.scratch, grad_scale)
-            self._pieces(stack, 0, (stack.z.numel(),), direct, rule.eta, active, pace)
-        return squares
-
-    def _packed(
-        self,
-        stack: FlatStack,
-        pace: Pace,
-        grad_scale: Tensor | None,
-        rule: AdamW,
-        none_given: bool,
-        active: Tensor | None,
-        corrected_by: Tensor,
-    ) -> list[Tensor]:
-        y = self._y(stack)
-        x, comp = (None, None) if stack.lean else (stack.x, stack.comp)
-        direction, squares, mask = None, [], stack.mask(active)
-        if not none_given:
-            g = stack.gradients(self.scratch, grad_scale)
-            if not rule.moved:
-                adamw.second_moment_(stack.v, g, rule.beta2, mask, self.scratch)
-            direction = adamw.direction(stack.v, g, corrected_by, rule.eps, self.scratch)
-            counted = direction if mask is None else torch.where(mask, direction, torch.zeros_like(direction))
-            squares = [(torch.linalg.vector_norm(counted) * rule.eta).square()]
-        self.sweep(stack.z, x, comp, y, direction, rule.eta, mask, pace, self.scratch)
-        stack.write_(y)
+        self._pieces(stack, 0, (stack.z.numel(),), moved, pace)
         return squares
 
     # --- one parameter
 
     def _pieces(
-        self,
-        stack: Stack,
-        i: int,
-        shape: tuple[int, ...],
-        direction: Tensor | Callable[[int, int], Tensor] | None,
-        scale: Tensor | None,
-        active: Tensor | None,
-        pace: Pace,
+        self, stack: Stack, i: int, shape: tuple[int, ...], moved: Callable[[int, int], Move | None], pace: Pace
     ) -> None:
-        """Sweep parameter i, seen in `shape`, in pieces along the first dimension."""
+        """Sweep parameter i, seen in `shape`, in pieces along the first dimension. moved: how a piece does."""
         p = stack.params[i].detach()
         direct = p.dtype == torch.float32 and p.is_contiguous()
         held = p if direct else self.scratch.take("held", p.shape)
         if not direct and stack.lean:
             held.copy_(p)
         y = held.view(shape)
-        for start, stop, z, x, comp in stack.pieces(i, shape, self.piece_elements):
-            here: Tensor | None
-            if callable(direction):
-                here = direction(start, stop)
-            else:
-                here = None if direction is None else direction[start:stop]
-            rows = scale[start:stop] if scale is not None and scale.ndim and len(scale) > 1 else scale
-            self.sweep(z, x, comp, y[start:stop], here, rows, active, pace, self.scratch)
+        piece_elements = stacks.PIECE_ELEMENTS if self.on_host else stacks.STACK_ELEMENTS
+        for start, stop, z, x, comp in stack.pieces(i, shape, piece_elements):
+            sweep_(Elements(z, x, comp, y[start:stop]), moved(start, stop), pace, self.scratch)
         if not direct:
             p.copy_(held)
 
     # --- y
 
-    def _y(self, stack: Stack) -> Tensor:
-        """Room for y of a whole stack; where x has to be recovered from it, with what the parameters hold."""
-        return stack.held(self.scratch) if stack.lean else self.scratch.take("y", stack.z.shape)
+    def _y(self, stack: Stack, batch: slice = slice(None)) -> Tensor:
+        """Room for y of a batch; where x has to be recovered from it, with what the parameters hold."""
+        return stack.held(self.scratch, batch) if stack.lean else self.scratch.take("y", stack.z[batch].shape)
 
     def write_y(self, stack: Stack, beta: Tensor) -> None:
         """y from z and x into the parameters: the bits that the last step left there."""
         y = self.scratch.take("y", stack.z.shape)
-        if self.compiled:  # a step whose gate is closed computes y as every other one did
+        if self._compiles(stack):  # a step whose gate is closed computes y as every other one did
             closed = Pace(None, beta, beta, None, gate=torch.zeros((), dtype=torch.bool, device=beta.device))
-            self.sweep(stack.z, stack.x, stack.comp, y, None, None, None, closed, self.scratch)
+            compiled.sweep_(stack.elements(y), None, closed)
         else:
             gradient_point(stack.z, stack.x, beta, y)
         stack.write_(y)

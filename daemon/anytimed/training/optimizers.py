@@ -27,8 +27,8 @@ class _Settings(BaseModel):
     lean: bool = Field(
         default=False, description="x is not stored but recovered: 8 bytes of state a parameter, and x drifts"
     )
-    compiled: bool = Field(
-        default=False, description="torch.compile the work on single elements; for CUDA, a CPU gains nothing"
+    compiled: bool | None = Field(
+        default=None, description="torch.compile the work on single elements; default on CUDA where Triton is there"
     )
 
 
