@@ -51,9 +51,15 @@ class Contender:
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
-def _ours(cls: Callable[..., Any], **arguments: Any) -> Callable[[Weights], Running]:
+def _ours(cls: Callable[..., Any], by_torch: bool = False, **arguments: Any) -> Callable[[Weights], Running]:
+    """by_torch: without the sweep in C, and not compiled."""
+    if by_torch:
+        arguments["compiled"] = False
+
     def make(weights: Weights) -> Running:
         optimizer = cls(weights.groups(), **arguments)
+        if by_torch:
+            optimizer._walk.native = False
         return Running(optimizer.step, [optimizer.state])
 
     return make
@@ -215,6 +221,14 @@ CONTENDERS: Final = {
             _heavyball_sf_adamw(False),
             "heavyball",
             compiles=True,
+        ),
+        Contender(
+            "sf_normuon_by_torch",
+            "SF-NorMuon, torch's operations alone",
+            "ours",
+            True,
+            _ours(SFNorMuon, by_torch=True),
+            on_request=True,
         ),
         # heavyball can compile a whole step into one graph, an option that is off by default. It was worth 14 % of Muon
         # and 11 % of SFAdamW at 0.86 M, for half a minute of tracing at 28 matrices, at every start and for every
