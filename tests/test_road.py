@@ -105,7 +105,8 @@ def test_init_writes_a_file_that_check_likes_and_never_overwrites(tmp_path: Path
     assert " check " in told
     text = path.read_text().replace('"state/', f'"{tmp_path}/state/')
     path.write_text(text)
-    assert "memory: together" in tiny.run("check", path)
+    checked = tiny.run("check", path)
+    assert "memory: together" in checked and "elements" in checked
     assert not (tmp_path / "state" / "run").exists(), "check leaves nothing behind"
     assert "exists already" in tiny.run("init", path, expect=2)
     assert path.read_text() == text

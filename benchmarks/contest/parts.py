@@ -30,9 +30,11 @@ PARTED: Final = ("sf_normuon", "amuse")
 
 # What a step has to read (r) and write (w) outside of `polar`, in bytes an element, whatever the implementation, if
 # every tensor is touched as rarely as the order of the computation allows. For matrices two passes, before and after:
-#     gradient r 4, momentum r 4 w 4;  result of the products r 2, z r 4 w 4, x r 4 w 4, compensation r 2 w 2, y w 4
+#     gradient r 4, momentum r 4 w 4, what the products start from w 2;
+#     result of the products r 2, z r 4 w 4, x r 4 w 4, compensation r 2 w 2, y w 4
 # SF-NorMuon needs the norms of all rows before it can scale the first, and reads the result of the products twice.
-MATRIX_BYTES: Final = {"amuse": 12 + 2 + 8 + 8 + 4 + 4, "sf_normuon": 12 + 2 + 2 + 8 + 8 + 4 + 4}
+# Where the sweep is not in C, `polar` itself writes what the products start from: 2 bytes less are needed than said.
+MATRIX_BYTES: Final = {"amuse": 14 + 2 + 8 + 8 + 4 + 4, "sf_normuon": 14 + 2 + 2 + 8 + 8 + 4 + 4}
 # For the rest one pass: gradient r 4, second moment r 4 w 4, z r 4 w 4, x r 4 w 4, compensation r 2 w 2, y w 4
 OTHER_BYTES: Final = 4 + 8 + 8 + 8 + 4 + 4
 

@@ -5,9 +5,10 @@
     optimizer.averaged()                                       x, the weights to evaluate and export
 
 `param_groups` and `roles` sort a model's parameters; `averaging` holds the algebra of x, y, z; `orthogonal`,
-`neuron_norm`, `adamw` and `polyak` the rules; `stacks` the layout of the state; `walk` and `sweep` how a step goes
-through it; `schedule_free` what the optimizers share; `sf_normuon`, `amuse`, `sf_adamw` one optimizer each, with its
-page in the class's docstring. Imports torch and nothing of ours.
+`neuron_norm`, `adamw` and `polyak` that of the rules, `rules` their form; `stacks` the layout of the state; `walk` how
+a step goes through it, with `sweep` (torch's operations), `native` (C, on a CPU, the same bits) or `compiled` (torch's
+compiler, on CUDA) for every element; `schedule_free` what the optimizers share; `sf_normuon`, `amuse`, `sf_adamw` one
+optimizer each, with its page in the class's docstring. Imports torch and nothing of ours.
 """
 
 from anytimed.optim.amuse import AMUSE

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 typedef float lanes __attribute__((vector_size(32)));
 
 typedef struct {
@@ -24,6 +26,10 @@ static inline float wide(uint16_t b) {
     float f;
     memcpy(&f, &bits, 4);
     return f;
+}
+
+INLINE float wide_at(const void *p, long i, int p16) {
+    return p16 ? wide(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
 
 /* To bfloat16, ties to even; torch's NaN has all bits set. */
@@ -45,8 +51,6 @@ static inline float root(float x) { return 1.0f / (1.0f / sqrtf(x)); }
 /* --- one element after the rule has spoken: `sweep.sweep_` ------------------------------------------------------- */
 
 enum { F32, BF16, LEAN }; /* of y: float32, bfloat16; float32 that holds the old y, from which x is recovered */
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE void element(long i, float *z, float *x, uint16_t *comp, void *y, int form, int moves, float direction,
                     float scale, Pace pace, int decays) {
@@ -74,12 +78,9 @@ INLINE void element(long i, float *z, float *x, uint16_t *comp, void *y, int for
 
 INLINE void row(long n, float *z, float *x, uint16_t *comp, void *y, int form, int moves, const void *p, int p16,
                 float scale, Pace pace, int decays) {
-    const float *p_wide = p;
-    const uint16_t *p_narrow = p;
 #pragma GCC ivdep
     for (long i = 0; i < n; i++)
-        element(i, z, x, comp, y, form, moves, !moves ? 0.0f : p16 ? wide(p_narrow[i]) : p_wide[i], scale, pace,
-                decays);
+        element(i, z, x, comp, y, form, moves, moves ? wide_at(p, i, p16) : 0.0f, scale, pace, decays);
 }
 
 /* A loop of its own for every kind, or the compiler would ask in every element. */
@@ -115,23 +116,35 @@ static void *at(void *start, long offset, int form) {
 
 /* torch.linalg.vector_norm of float32: eight sums, then one after the other, then the remainder, of which what does not
    fill a group of four is fused: so torch's own compiler has it. */
-INLINE float norm_of(long n, const void *p, int p16) {
-    const float *p_wide = p;
-    const uint16_t *p_narrow = p;
-    lanes sums = {0};
-    long i = 0;
-    for (; i + 8 <= n; i += 8) {
+typedef struct {
+    lanes sums;
+} Norm;
+
+/* n: a multiple of 8. */
+INLINE void take_in(Norm *norm, long n, const void *p, int p16) {
+    for (long i = 0; i < n; i += 8) {
         lanes v;
-        for (int j = 0; j < 8; j++) v[j] = p16 ? wide(p_narrow[i + j]) : p_wide[i + j];
-        sums = sums + v * v;
+        for (int j = 0; j < 8; j++) v[j] = wide_at(p, i + j, p16);
+        norm->sums = norm->sums + v * v;
     }
-    float sum = sums[0];
-    for (int j = 1; j < 8; j++) sum += sums[j];
-    for (long last = n - (n - i) % 4; i < n; i++) {
-        float v = p16 ? wide(p_narrow[i]) : p_wide[i];
-        sum = i < last ? sum + v * v : fmaf(v, v, sum);
+}
+
+/* n: the remainder, below 8. */
+INLINE float ended(const Norm *norm, long n, const void *p, int p16) {
+    float sum = norm->sums[0];
+    for (int j = 1; j < 8; j++) sum += norm->sums[j];
+    for (long i = 0; i < n; i++) {
+        float v = wide_at(p, i, p16);
+        sum = i < n / 4 * 4 ? sum + v * v : fmaf(v, v, sum);
     }
     return sqrtf(sum);
+}
+
+INLINE float norm_of(long n, const void *p, int p16) {
+    Norm norm = {{0}};
+    long whole = n / 8 * 8;
+    take_in(&norm, whole, p, p16);
+    return ended(&norm, n - whole, (const char *)p + whole * (p16 ? 2 : 4), p16);
 }
 
 static float row_norm(long n, const void *p, int p16) { return p16 ? norm_of(n, p, 1) : norm_of(n, p, 0); }
@@ -142,39 +155,68 @@ static long together(long elements, int threads) {
     return group > 0 ? group : 1;
 }
 
-/* M <- lerp(M, g, weight) for b matrices (m, n); N = lerp(g, M, mu) where nesterov is given, else N = M; and N times
-   1 / (|N| safety + eps) into out, float32 or bfloat16, whose matrices lie `distance` elements apart. g: b
-   pointers; norms: room for (b, m); by: room for (b,). */
-void anytimed_momentum(long b, long m, long n, float *momentum, const float **g, float weight, float mu,
-                       float *nesterov, float safety, float eps, float *norms, float *by, void *out, int out16,
-                       long distance, int threads) {
-    float *whole = nesterov ? nesterov : momentum;
+enum { RUN = 1024, CHUNK = 16 * RUN }; /* what stays in the nearest cache; what a thread takes at a time */
+
+/* What is orthogonalised of n elements: M or, under Nesterov, lerp(g, M, mu), for which there is room. */
+INLINE const float *ahead_of(long n, const float *momentum, const float *g, float mu, int nesterov, float *room) {
+    if (!nesterov) return momentum;
+    for (long i = 0; i < n; i++) room[i] = lerp(g[i], momentum[i], mu);
+    return room;
+}
+
+/* M <- lerp(M, g, weight) of one row; returns the norm of what is orthogonalised of it. */
+INLINE float taken_in(long n, float *momentum, const float *g, float weight, float mu, int nesterov) {
+    float room[RUN];
+    Norm norm = {{0}};
+    for (long start = 0;; start += RUN) {
+        long count = start + RUN < n ? RUN : n - start, whole = count / 8 * 8;
+        float *own = momentum + start;
+        for (long i = 0; i < count; i++) own[i] = lerp(own[i], g[start + i], weight);
+        const float *ahead = ahead_of(count, own, g + start, mu, nesterov, room);
+        take_in(&norm, whole, ahead, 0);
+        if (start + RUN >= n) return ended(&norm, count - whole, ahead + whole, 0);
+    }
+}
+
+/* What is orthogonalised of one row times a factor, into `out` from element `first` on. */
+INLINE void scaled_into(void *out, long first, int out16, long n, const float *momentum, const float *g, float mu,
+                        int nesterov, float factor) {
+    float room[RUN];
+    for (long start = 0; start < n; start += RUN) {
+        long count = start + RUN < n ? RUN : n - start;
+        const float *ahead = ahead_of(count, momentum + start, g + start, mu, nesterov, room);
+        if (out16)
+            for (long i = 0; i < count; i++) ((uint16_t *)out)[first + start + i] = narrow(ahead[i] * factor);
+        else
+            for (long i = 0; i < count; i++) ((float *)out)[first + start + i] = ahead[i] * factor;
+    }
+}
+
+/* M <- lerp(M, g, weight) for b matrices (m, n), and N = M or, under Nesterov, lerp(g, M, mu); N / (|N| safety + eps)
+   goes into out, float32 or bfloat16, whose matrices lie `distance` elements apart. g: b pointers; norms: room for
+   (b, m); by: room for (b,). N itself is not kept: making it again is quicker. */
+void anytimed_momentum(long b, long m, long n, float *momentum, const float **g, float weight, float mu, int nesterov,
+                       float safety, float eps, float *norms, float *by, void *out, int out16, long distance,
+                       int threads) {
 #pragma omp parallel num_threads(threads)
     for (long first = 0, group = together(m * n, threads); first < b; first += group) {
         long end = first + group < b ? first + group : b;
 #pragma omp for schedule(static)
         for (long r = first * m; r < end * m; r++) {
             const float *given = g[r / m] + r % m * n;
-            float *own = momentum + r * n, *ahead = whole + r * n;
-#pragma GCC ivdep
-            for (long i = 0; i < n; i++) {
-                float now = lerp(own[i], given[i], weight);
-                own[i] = now;
-                if (nesterov) ahead[i] = lerp(given[i], now, mu);
-            }
-            norms[r] = row_norm(n, ahead, 0);
+            norms[r] = nesterov ? taken_in(n, momentum + r * n, given, weight, mu, 1)
+                                : taken_in(n, momentum + r * n, given, weight, mu, 0);
         }
 #pragma omp for schedule(static)
         for (long k = first; k < end; k++) by[k] = 1.0f / (row_norm(m, norms + k * m, 0) * safety + eps);
 #pragma omp for schedule(static)
         for (long r = first * m; r < end * m; r++) {
-            const float *ahead = whole + r * n;
-            float factor = by[r / m];
+            const float *given = g[r / m] + r % m * n;
             long start = r / m * distance + r % m * n;
-            if (out16)
-                for (long i = 0; i < n; i++) ((uint16_t *)out)[start + i] = narrow(ahead[i] * factor);
+            if (nesterov)
+                scaled_into(out, start, out16, n, momentum + r * n, given, mu, 1, by[r / m]);
             else
-                for (long i = 0; i < n; i++) ((float *)out)[start + i] = ahead[i] * factor;
+                scaled_into(out, start, out16, n, momentum + r * n, given, mu, 0, by[r / m]);
         }
     }
 }
@@ -230,8 +272,6 @@ void anytimed_matrices(long b, long m, long n, float *z, float *x, uint16_t *com
 }
 
 /* --- everything else: `adamw` ------------------------------------------------------------------------------------ */
-
-enum { RUN = 1024, CHUNK = 16 * RUN }; /* what stays in the nearest cache; what a thread takes at a time */
 
 static double adamw_run(long n, float *z, float *x, uint16_t *comp, void *y, int form, float *v, const float *g,
                         float corrected_by, float beta2, float beta2_weight, float eps, float eta, int moved, Pace pace) {

@@ -28,6 +28,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from anytimed.optim.neuron_norm import NeuronNorm
 from anytimed.optim.orthogonal import NORM_EPS, NewtonSchulz, beginning
@@ -145,7 +146,7 @@ def _declared(made: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, pointer, pointer, pace),  # norms, scale, squares
     )
     made.anytimed_momentum.argtypes = (
-        *(number, number, number, pointer, pointer, real, real, pointer),  # b, m, n, M, g, 1 - mu, mu, N
+        *(number, number, number, pointer, pointer, real, real, whole),  # b, m, n, M, g, 1 - mu, mu, Nesterov
         *(real, real, pointer, pointer, pointer, whole, number, whole),  # safety, eps, norms, by, out, out16, distance
     )
     made.anytimed_flat.argtypes = (number, *state, pointer, pointer, real, real, real, real, real, whole, pace)
@@ -188,10 +189,9 @@ def momentum_(
     b, m, n = momentum.shape
     out = beginning(momentum.shape, polar.dtype, scratch)
     norms, by = scratch.take("native.norms", (b, m)), scratch.take("native.by", (b,))
-    ahead = scratch.take("nesterov", momentum.shape).data_ptr() if rule.nesterov else None
     made.anytimed_momentum(
         *(b, m, n, momentum.data_ptr(), (ctypes.c_void_p * b)(*(g.data_ptr() for g in gs)), 1.0 - rule.mu, rule.mu),
-        *(ahead, polar.safety, NORM_EPS, norms.data_ptr(), by.data_ptr(), out.data_ptr()),
+        *(rule.nesterov, polar.safety, NORM_EPS, norms.data_ptr(), by.data_ptr(), out.data_ptr()),
         *(polar.dtype == torch.bfloat16, out.stride(0), torch.get_num_threads()),
     )
     return out
@@ -234,6 +234,7 @@ def matrices_(
         *(b, m, n, *_state(elements), y, _form(ys[0], elements.x is None), p.data_ptr(), p.dtype == torch.bfloat16),
         *(*rule, norms.data_ptr(), scale.data_ptr(), squares.data_ptr(), ctypes.byref(pace)),
     )
+    increment_version(ys)  # autograd has not seen it
     return squares
 
 
@@ -255,6 +256,7 @@ def flat_(
         *(v.numel(), *_state(elements), elements.y.data_ptr(), form, v.data_ptr(), g.data_ptr()),
         *(float(corrected_by), rule.beta2, 1.0 - rule.beta2, rule.eps, eta, rule.moved, ctypes.byref(pace)),
     )
+    increment_version(elements.y)
     return torch.tensor(squared * eta * eta, dtype=torch.float32)
 
 
@@ -264,3 +266,4 @@ def still_(elements: Elements, pace: _Pace, made: ctypes.CDLL | None = None) -> 
     assert made is not None
     y, form = elements.y, _form(elements.y, elements.x is None)
     made.anytimed_still(y.numel(), *_state(elements), y.data_ptr(), form, ctypes.byref(pace))
+    increment_version(y)

@@ -7,8 +7,9 @@ own shape, which never change identity: a checkpoint copies them out by paramete
 
 How a step goes through a stack depends on where it lies (`Walk`). On a device that is fast and far away it takes the
 whole stack at once: gradients are collected into one tensor (`gradients`), y is written out by one grouped copy
-(`write_`). On a CPU, memory is what is slow: large parameters are taken one after the other in pieces that stay in the
-cache from the gradient to y, and only the small ones together.
+(`write_`). On a CPU, memory is what is slow: C reads and writes every element once (`native`); without it, large
+parameters are taken one after the other in pieces that stay in the cache from the gradient to y, and only the small
+ones together.
 
 Bytes per element: z, x 4 each, comp 2, and by rule momentum 4 (matrices) or v 4 (the rest); matrices add 4 a row for v.
 Lean stacks have no x and no comp: 8.

@@ -1,8 +1,8 @@
 """Everything about a configuration that can be found out without training.
 
 In order: adapters and their tables; every source listed and its first record read; the store written, read back and
-the trace removed; model and optimizer built without storage and counted. Each becomes one `Finding`; a failure does
-not hide the rest."""
+the trace removed; model and optimizer built without storage and counted, and who will do the optimizer's work. Each
+becomes one `Finding`; a failure does not hide the rest."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Record, Rejected, Stream
+from anytimed.optim import compiled, native
 from anytimed.service.assembly import Parts, parts_of
 from anytimed.service.console import size
 from anytimed.storage.store import Store
@@ -49,6 +50,7 @@ def check(config: Config) -> Iterator[Finding]:
     yield Finding(
         "model", True, f"{config.model.type}, {found.parameters:,} parameters, {parts.tokenizer.vocab_size:,} tokens"
     )
+    yield Finding("optimizer", True, f"{config.optimizer.type}, {_elements_by(_device(config), found.parameters)}")
     for what, count in (
         ("memory: parameters", found.parameter_bytes),
         ("memory: gradients", found.gradient_bytes),
@@ -73,6 +75,16 @@ def footprint(parts: Parts, device: Device) -> Footprint:
         vocab_size=parts.tokenizer.vocab_size,
         element_bytes=2 if device.precision == "bfloat16" else 4,
     )
+
+
+def _elements_by(device: Device, parameters: int) -> str:
+    """Who does the work on single elements: the same bits on a CPU, another speed."""
+    if device.is_cuda:
+        return "elements by torch's compiler" if compiled.decided(device.torch_device) else "elements by torch"
+    if parameters < native.ELEMENTS:
+        return "elements by torch: too small a model for a compiler to pay"
+    why_not = native.why_not()
+    return "elements in C" if why_not is None else f"elements by torch, which is slower than C; {why_not}"
 
 
 def _device(config: Config) -> Device:
