@@ -2,7 +2,7 @@
 # make test    the whole suite
 # make check   ruff, mypy, import contracts, systemd unit
 # make bench   the benchmarks, about 20 minutes on a quiet machine
-# make longrun x after a million steps of every optimizer
+# make longrun x after a million steps of every optimizer, about an hour on two cores
 #
 # PYTHON picks the interpreter of .venv, TORCH_INDEX=URL another wheel index for torch (see README: machines without a GPU).
 
