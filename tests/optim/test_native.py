@@ -31,6 +31,12 @@ def pair(kind: str, dtype: torch.dtype, **options: Any) -> tuple[dict[str, nn.Pa
     return params, take("native", made(params)), others, take("host", made(others))
 
 
+@pytest.mark.skipif("CI" not in os.environ, reason="a user's machine may have no compiler")
+def test_the_machine_of_ci_has_the_library() -> None:
+    """Or what needs it would be passed over in silence."""
+    assert native.library() is not None, native.why_not()
+
+
 @needs_library
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
@@ -182,6 +188,7 @@ def test_without_a_compiler_torch_does_it(tmp_path: Path) -> None:
     for why, said in cases.items():
         assert said == f"False {why} {expected}"
     assert "does-not-exist" in alone(CC="does-not-exist")
+    assert alone(CC='"') == f"False No closing quotation {expected}"
 
 
 @needs_library
@@ -211,5 +218,5 @@ def test_other_bits_are_refused(mine: str, other: str, tmp_path: Path, monkeypat
 @needs_library
 def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert isinstance(native._compiled(), ctypes.CDLL)
+    assert isinstance(native._built(), ctypes.CDLL)
     assert list(tmp_path.iterdir()) == []

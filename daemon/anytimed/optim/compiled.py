@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,24 +40,29 @@ def scaled_(p: Tensor, v: Tensor, scales: Scales, eta: Tensor, active: Tensor | 
     p: (b, m, n); v: (b, m) or (b, 0); active: (b,), 0-d or None (all). Apart from `sweep_`, or the compiler works the
     scale of a row out again at each of its elements.
     """
-    return _run(_scaled, (scales,), (p, v, eta, active))  # type: ignore[return-value, arg-type]
+    found: tuple[Tensor, Tensor] = _run(_scaled, (scales,), (p, v, eta, active))
+    return found
 
 
 def flat_(
+    elements: Elements,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     corrected_by: Tensor,
     rule: AdamW,
     active: Tensor | None,
-    elements: Elements,
     pace: Pace,
 ) -> Tensor:
-    """One step of z, x, y and v under the AdamW rule, in place; returns the squared norm of the update, 0-d.
+    """One step of z, x, y and v under the AdamW rule, in place; returns the squared norm of the update, 0-d float32.
 
-    v, g, elements: (N,); corrected_by, active: (N,), (1,) or 0-d; active None: all.
+    v, g, elements: (N,); g None: z and v stay; corrected_by, active: (N,), (1,) or 0-d; active None: all.
     """
+    if g is None:
+        sweep_(elements, None, pace)
+        return torch.zeros_like(rule.eta)
     own = (v, g, corrected_by, rule.eta, active)
-    return _run(_flat, (rule.beta2, rule.eps, rule.moved), (*own, *elements, *_told(pace)))  # type: ignore[return-value]
+    squares: Tensor = _run(_flat, (rule.beta2, rule.eps, rule.moved), (*own, *elements, *_told(pace)))
+    return squares
 
 
 def sweep_(elements: Elements, move: Move | None, pace: Pace) -> None:
@@ -119,7 +125,7 @@ def _point(z: Tensor, x: Tensor, beta: Tensor) -> Tensor:
     return x + (1.0 - beta) * (z - x)
 
 
-Body = Callable[..., Tensor | tuple[Tensor, Tensor] | None]
+Body = Callable[..., Any]
 
 
 def _scaled(scales: Scales) -> Body:
@@ -133,21 +139,19 @@ def _scaled(scales: Scales) -> Body:
 
 
 def _moved() -> Body:
-    def body(direction: Tensor, scale: Tensor, active: Tensor | None, *rest: Tensor | None) -> None:
-        _swept((direction, scale, active), *rest)  # type: ignore[arg-type]
+    def body(direction: Tensor, scale: Tensor, active: Tensor | None, *rest: Any) -> None:
+        _swept((direction, scale, active), *rest)
 
     return body
 
 
 def _flat(beta2: float, eps: float, moved: bool) -> Body:
-    def body(
-        v: Tensor, g: Tensor, corrected_by: Tensor, eta: Tensor, active: Tensor | None, *rest: Tensor | None
-    ) -> Tensor:
+    def body(v: Tensor, g: Tensor, corrected_by: Tensor, eta: Tensor, active: Tensor | None, *rest: Any) -> Tensor:
         if not moved:
             new_v = v * beta2 + (1.0 - beta2) * (g * g)
             v.copy_(new_v if active is None else torch.where(active, new_v, v))
         direction = g / ((v * corrected_by).sqrt() + eps)
-        _swept((direction, eta, active), *rest)  # type: ignore[arg-type]
+        _swept((direction, eta, active), *rest)
         counted = direction if active is None else torch.where(active, direction, torch.zeros_like(direction))
         return (counted * eta).square().sum()
 
@@ -155,8 +159,8 @@ def _flat(beta2: float, eps: float, moved: bool) -> Body:
 
 
 def _still() -> Body:
-    def body(*rest: Tensor | None) -> None:
-        _swept(None, *rest)  # type: ignore[arg-type]
+    def body(*rest: Any) -> None:
+        _swept(None, *rest)
 
     return body
 
@@ -173,10 +177,12 @@ def _kernel(make: Callable[..., Body], told: tuple[Hashable, ...], kind: tuple[H
     return torch.compile(alone, dynamic=True, fullgraph=True)
 
 
-def _run(
-    make: Callable[..., Body], told: tuple[Hashable, ...], parts: tuple[Tensor | None, ...]
-) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The compiler runs at the first call of a kind (seconds); it needs a C++ compiler on a CPU, and Triton on CUDA."""
+def _run(make: Callable[..., Body], told: tuple[Any, ...], parts: tuple[Tensor | None, ...]) -> Any:
+    """Calls the kernel of `make(*told)` on these parts; told: hashable, compiled in.
+
+    The compiler runs at the first call of a kind (seconds); it needs a C++ compiler on a CPU, and Triton on CUDA.
+    RuntimeError, with what to install, where it finds none.
+    """
     # Detached, a view has forgotten its base, for whose shape the compiler would compile again.
     given = [None if part is None else part.detach() for part in parts]
     kind = tuple(None if part is None else (part.dtype, tuple(n == 1 for n in part.shape)) for part in given)

@@ -240,6 +240,7 @@ static float neuron_norm(float *norms, float *v, float *scale, long columns, flo
     return squares;
 }
 
+/* The squared norm of the update of one matrix whose rows have these norms and scales. */
 static float scaled(long m, const float *norms, const float *scale) {
     float squares = 0;
     for (long r = 0; r < m; r++) squares += norms[r] * scale[r] * (norms[r] * scale[r]);
@@ -273,8 +274,10 @@ void anytimed_matrices(long b, long m, long n, float *z, float *x, uint16_t *com
 
 /* --- everything else: `adamw` ------------------------------------------------------------------------------------ */
 
+/* A run of at most RUN elements: v, the direction g / D, the sweep; returns |g / D|^2. */
 static double adamw_run(long n, float *z, float *x, uint16_t *comp, void *y, int form, float *v, const float *g,
-                        float corrected_by, float beta2, float beta2_weight, float eps, float eta, int moved, Pace pace) {
+                        float corrected_by, float beta2, float beta2_weight, float eps, float eta, int moved,
+                        Pace pace) {
     float direction[RUN];
     if (!moved)
         for (long i = 0; i < n; i++) v[i] = fmaf(beta2_weight * g[i], g[i], v[i] * beta2);

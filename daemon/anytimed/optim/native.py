@@ -6,7 +6,7 @@ one pass of them. `library` compiles `native.c` once a process (a second; nothin
 computes with what torch computes, bit for bit, and hands it out only if they agree: whether it is there shows in the
 time of a step and nowhere else. `Walk` asks `considered` whether an optimizer is large enough, and `takes` whether a
 stack can go this way. `momentum_` comes before the products, `matrices_` after them; `flat_` is all of a step under the
-AdamW rule, `still_` that of a parameter which does not move.
+AdamW rule.
 
 No compiler, another order of rounding in some build of torch, ANYTIMED_NATIVE=0: torch's own operations do it, and
 `why_not` says which it was.
@@ -34,7 +34,7 @@ from anytimed.optim.neuron_norm import NeuronNorm
 from anytimed.optim.orthogonal import NORM_EPS, NewtonSchulz, beginning
 from anytimed.optim.rules import AdamW, Momentum, Scales
 from anytimed.optim.scratch import Scratch
-from anytimed.optim.sweep import Elements, Pace
+from anytimed.optim.sweep import Averages, Elements, Pace
 
 ELEMENTS: Final = 2**17
 """An optimizer of fewer elements does without: its step takes a few milliseconds, the compiler a second."""
@@ -99,8 +99,8 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0"
     try:
-        made = _compiled()
-    except OSError as failed:
+        made = _built()
+    except (OSError, ValueError) as failed:  # ValueError: a CC that is no command line
         return None, f"{failed}"
     from anytimed.optim.native_check import differing  # which calls what is here
 
@@ -110,8 +110,8 @@ def _found() -> tuple[ctypes.CDLL | None, str | None]:
     return made, None
 
 
-def _compiled() -> ctypes.CDLL:
-    """OSError where there is no compiler or it fails."""
+def _built() -> ctypes.CDLL:
+    """Compiles and loads. OSError where there is no compiler or it fails."""
     compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     if compiler is None or sys.platform == "win32":
         raise OSError("no C compiler: apt-get install gcc, or set CC")
@@ -165,13 +165,13 @@ def takes(params: Sequence[Tensor], lean: bool) -> bool:
     return (not lean or dtype == torch.float32) and all(p.dtype == dtype and p.is_contiguous() for p in params)
 
 
-def _state(elements: Elements) -> tuple[int, int | None, int | None]:
-    z, x, comp, _ = elements
+def _pointers(averages: Averages) -> tuple[int, int | None, int | None]:
+    z, x, comp = averages
     return z.data_ptr(), None if x is None else x.data_ptr(), None if comp is None else comp.data_ptr()
 
 
-def _form(y: Tensor, lean: bool) -> int:
-    return LEAN if lean else BF16 if y.dtype == torch.bfloat16 else F32
+def _form(y: Tensor, averages: Averages) -> int:
+    return LEAN if averages[1] is None else BF16 if y.dtype == torch.bfloat16 else F32
 
 
 def momentum_(
@@ -199,7 +199,7 @@ def momentum_(
 
 def matrices_(
     ys: Sequence[Tensor],
-    elements: Elements,
+    averages: Averages,
     p: Tensor,
     v: Tensor,
     scales: Scales,
@@ -210,8 +210,8 @@ def matrices_(
 ) -> Tensor:
     """One step of a batch of matrices whose P is there, in place; returns the squared norm of each update, (b,).
 
-    ys: the b parameters, which get y; elements: z, x, comp (b, m, n), its y is not looked at; p: (b, m, n) contiguous,
-    float32 or bfloat16; v: (b, m) or (b, 0).
+    ys: the b parameters, which get y; averages: (b, m, n); p: (b, m, n) contiguous, float32 or bfloat16; v: (b, m) or
+    (b, 0); eta: 0-d float32.
     """
     made = library() if made is None else made
     assert made is not None and p.is_contiguous()
@@ -231,7 +231,7 @@ def matrices_(
         rule = None, 0.0, 0.0, 0, None, None
     y = (ctypes.c_void_p * b)(*(one.data_ptr() for one in ys))
     made.anytimed_matrices(
-        *(b, m, n, *_state(elements), y, _form(ys[0], elements.x is None), p.data_ptr(), p.dtype == torch.bfloat16),
+        *(b, m, n, *_pointers(averages), y, _form(ys[0], averages), p.data_ptr(), p.dtype == torch.bfloat16),
         *(*rule, norms.data_ptr(), scale.data_ptr(), squares.data_ptr(), ctypes.byref(pace)),
     )
     increment_version(ys)  # autograd has not seen it
@@ -241,29 +241,28 @@ def matrices_(
 def flat_(
     elements: Elements,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None,
     corrected_by: Tensor,
     rule: AdamW,
     pace: _Pace,
     made: ctypes.CDLL | None = None,
 ) -> Tensor:
-    """One step under the AdamW rule, in place; returns the squared norm of the update, 0-d. elements, v, g: (N,), y
-    float32 or bfloat16; corrected_by: a single number, for all."""
+    """One step under the AdamW rule, in place; returns the squared norm of the update, 0-d float32.
+
+    elements, v, g: (N,), y float32 or bfloat16; g None: z and v stay, x averages all the same; corrected_by: a single
+    number, for all.
+    """
     made = library() if made is None else made
     assert made is not None
-    eta, form = float(rule.eta), _form(elements.y, elements.x is None)
-    squared = made.anytimed_flat(
-        *(v.numel(), *_state(elements), elements.y.data_ptr(), form, v.data_ptr(), g.data_ptr()),
-        *(float(corrected_by), rule.beta2, 1.0 - rule.beta2, rule.eps, eta, rule.moved, ctypes.byref(pace)),
-    )
-    increment_version(elements.y)
-    return torch.tensor(squared * eta * eta, dtype=torch.float32)
-
-
-def still_(elements: Elements, pace: _Pace, made: ctypes.CDLL | None = None) -> None:
-    """x averages and y is computed, in place; z stays. elements: contiguous, of any one shape."""
-    made = library() if made is None else made
-    assert made is not None
-    y, form = elements.y, _form(elements.y, elements.x is None)
-    made.anytimed_still(y.numel(), *_state(elements), y.data_ptr(), form, ctypes.byref(pace))
+    z, x, comp, y = elements
+    averages = (z, x, comp)
+    state = (y.numel(), *_pointers(averages), y.data_ptr(), _form(y, averages))
+    squared = 0.0
+    if g is None:
+        made.anytimed_still(*state, ctypes.byref(pace))
+    else:
+        eta = float(rule.eta)
+        scalars = (float(corrected_by), rule.beta2, 1.0 - rule.beta2, rule.eps, eta, rule.moved)
+        squared = eta * eta * made.anytimed_flat(*state, v.data_ptr(), g.data_ptr(), *scalars, ctypes.byref(pace))
     increment_version(y)
+    return torch.tensor(squared, dtype=torch.float32)

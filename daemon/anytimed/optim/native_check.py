@@ -74,7 +74,7 @@ def _matrices(case: _Case, made: ctypes.CDLL) -> bool:
     scales = NeuronNorm(0.95 if case.number % 4 else 0.3, 1e-8, (1, m - 3, 2) if case.number % 2 else None)
     expected, expected_v = _copy(elements), v.clone()
     told = native.told(case.pace)
-    native.matrices_(list(elements.y), elements, p, v, scales, case.eta, told, case.scratch, made)
+    native.matrices_(list(elements.y), elements[:3], p, v, scales, case.eta, told, case.scratch, made)
     wide = p.to(torch.float32)
     scale, _, new_v = scales(wide, expected_v, case.eta)
     assert new_v is not None
@@ -110,13 +110,15 @@ def _flat(case: _Case, made: ctypes.CDLL) -> bool:
 def _still(case: _Case, made: ctypes.CDLL) -> bool:
     elements = case.elements(case.shape[1] * case.shape[2])
     expected = _copy(elements)
-    native.still_(elements, native.told(case.pace), made)
+    rule = AdamW(case.eta, 0.99, 1e-8)
+    native.flat_(elements, elements.z, None, case.corrected_by, rule, native.told(case.pace), made)
     case.sweep_(expected, None)
     return _equal(elements, expected)
 
 
 def _copy(elements: Elements) -> Elements:
-    return Elements(*(None if part is None else part.clone() for part in elements))  # type: ignore[arg-type]
+    z, x, comp, y = elements
+    return Elements(z.clone(), None if x is None else x.clone(), None if comp is None else comp.clone(), y.clone())
 
 
 def _equal(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:

@@ -136,6 +136,7 @@ def polar(
     memory and may be overwritten by the caller, until the next call. is_normalised: matrices are what `normalised` gave
     (no row_splits), and are overwritten.
     """
+    assert not (is_normalised and row_splits), "a projection is normalised for itself"
     stack = matrices if matrices.ndim == 3 else matrices.unsqueeze(0)
     dtype = working_dtype(stack.device) if dtype is None else dtype
     scratch = Scratch(stack.device) if scratch is None else scratch

@@ -316,14 +316,17 @@ class ScheduleFree(Optimizer):
             pace = Pace((eta * -decay).to(torch.float32) if decay else None, c, beta, last_beta, gate)
             eta = eta.to(torch.float32)
             squares: list[Tensor] = []
+            rule: Spectral | AdamW
+            if group["rule"] == "spectral":
+                rule = Spectral(eta, self._momentum(group), self._polar(group), self._scales(group))
+            else:
+                rule = AdamW(eta, group["beta2"], group["eps"], moved=eta_of_all is not None)
             for stack in stacks:
-                if isinstance(stack, MatrixStack):
-                    spectral = Spectral(eta, self._momentum(group), self._polar(group), self._scales(group))
-                    squares += self._walk.matrices(stack, pace, grad_scale, spectral)
+                if isinstance(stack, MatrixStack) and isinstance(rule, Spectral):
+                    squares += self._walk.matrices(stack, pace, grad_scale, rule)
                 else:
-                    assert isinstance(stack, FlatStack)
-                    adamw = AdamW(eta, group["beta2"], group["eps"], moved=eta_of_all is not None)
-                    squares += self._walk.flat(stack, pace, grad_scale, adamw)
+                    assert isinstance(stack, FlatStack) and isinstance(rule, AdamW)
+                    squares += self._walk.flat(stack, pace, grad_scale, rule)
             moved_by = torch.cat([s.reshape(-1) for s in squares]).sum() if squares else torch.zeros_like(eta)
             settle_(self._update_squares[index], moved_by, gate)
 

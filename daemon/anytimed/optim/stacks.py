@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from anytimed.optim.scratch import Scratch
-from anytimed.optim.sweep import Elements
+from anytimed.optim.sweep import Averages, Elements
 
 STACK_ELEMENTS: Final = 2**25
 """A stack of matrices ends here (128 MiB a float32 buffer), so that the scratch memory of a step stays small."""
@@ -86,10 +86,13 @@ class Stack(ABC):
     def spread(self, per_parameter: Tensor) -> Tensor:
         """Something that broadcasts over z's shape, from (k,), one value a parameter, or from 0-d."""
 
+    def averages(self, part: slice = slice(None)) -> Averages:
+        """z, x and comp, or a part of them along the first dimension; x and comp None: lean."""
+        return (self.z[part], None, None) if self.lean else (self.z[part], self.x[part], self.comp[part])
+
     def elements(self, y: Tensor, part: slice = slice(None)) -> Elements:
-        """z, x and comp, or a part of them along the first dimension, beside `y`, which has that shape."""
-        x, comp = (None, None) if self.lean else (self.x[part], self.comp[part])
-        return Elements(self.z[part], x, comp, y)
+        """`averages` beside `y`, which has that shape."""
+        return Elements(*self.averages(part), y)
 
     def pieces(self, i: int, shape: tuple[int, ...], most: int) -> list[Piece]:
         """Parameter i, seen in `shape`, cut along the first dimension into equal pieces of about `most` elements."""

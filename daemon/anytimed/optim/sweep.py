@@ -35,6 +35,10 @@ class Pace:
     gate: Tensor | None
 
 
+Averages = tuple[Tensor, Tensor | None, Tensor | None]
+"""z, x and comp of `Elements`."""
+
+
 class Elements(NamedTuple):
     """Views of one shape, changed in place. z, x: float32; comp: bfloat16; y: float32, which gets the new y. x and comp
     None: lean, and y holds the old one."""

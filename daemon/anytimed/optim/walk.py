@@ -100,10 +100,8 @@ class Walk:
             if self._compiles(stack):
                 squares.append(self._moved_by_compiler(turn, p, pace, rule))
             elif told is not None and not absent and p.is_contiguous():
-                state, v = stack.elements(stack.z, batch), stack.v[batch]
-                squares.append(
-                    native.matrices_(stack.params[batch], state, p, v, rule.scales, rule.eta, told, self.scratch)
-                )
+                ys, averages, v = stack.params[batch], stack.averages(batch), stack.v[batch]
+                squares.append(native.matrices_(ys, averages, p, v, rule.scales, rule.eta, told, self.scratch))
             else:
                 squares.append(self._moved(turn, p, pace, rule))
         return squares
@@ -186,57 +184,43 @@ class Walk:
             # Mostly all have had the same number of updates; a CPU may look, and spares a number per element.
             alike = self.on_host and bool((stack.updates == stack.updates[0]).all())
             corrected_by = corrected_by[0] if alike else stack.spread(corrected_by)
-        if self._goes_native(stack) and (g is None or (active is None and corrected_by.numel() == 1)):
-            return self._flat_native(stack, pace, g, rule, corrected_by)
-        if alone and not self._compiles(stack):
+        goes_native = self._goes_native(stack) and (g is None or (active is None and corrected_by.numel() == 1))
+        if alone and not goes_native and not self._compiles(stack):
             return self._flat_in_pieces(stack, pace, g, rule, active, corrected_by)
-        return self._flat_at_once(stack, pace, g, rule, active, corrected_by)
-
-    def _flat_native(
-        self, stack: FlatStack, pace: Pace, g: Tensor | None, rule: AdamW, corrected_by: Tensor
-    ) -> list[Tensor]:
-        told = native.told(pace)
-        direct = len(stack.params) == 1  # `takes` has seen to it that y can be written there, bfloat16 too
-        elements = stack.elements(stack.params[0].detach().view(-1) if direct else self._y(stack))
-        squares: list[Tensor] = []
-        if g is None:
-            native.still_(elements, told)
-        else:
-            squares.append(native.flat_(elements, stack.v, g, corrected_by, rule, told))
-        if not direct:
-            stack.write_(elements.y)
-        return squares
-
-    def _flat_at_once(
-        self,
-        stack: FlatStack,
-        pace: Pace,
-        g: Tensor | None,
-        rule: AdamW,
-        active: Tensor | None,
-        corrected_by: Tensor,
-    ) -> list[Tensor]:
-        p, mask = stack.params[0].detach(), stack.mask(active)
-        direct = len(stack.params) == 1 and p.dtype == torch.float32 and p.is_contiguous()
+        p = stack.params[0].detach()
+        # In C, y is rounded as it is written: `takes` has seen to it that it can be, bfloat16 too.
+        direct = alone and p.is_contiguous() and (goes_native or p.dtype == torch.float32)
         elements = stack.elements(p.view(-1) if direct else self._y(stack))
-        squares: list[Tensor] = []
-        if self._compiles(stack):
-            if g is None:
-                compiled.sweep_(elements, None, pace)
-            else:
-                squares.append(compiled.flat_(stack.v, g, corrected_by, rule, mask, elements, pace))
+        if goes_native:
+            squares = native.flat_(elements, stack.v, g, corrected_by, rule, native.told(pace))
+        elif self._compiles(stack):
+            squares = compiled.flat_(elements, stack.v, g, corrected_by, rule, stack.mask(active), pace)
         else:
-            move = None
-            if g is not None:
-                if not rule.moved:
-                    adamw.second_moment_(stack.v, g, rule.beta2, mask, self.scratch)
-                direction = adamw.direction(stack.v, g, corrected_by, rule.eps, self.scratch)
-                counted = direction if mask is None else torch.where(mask, direction, torch.zeros_like(direction))
-                squares.append((torch.linalg.vector_norm(counted) * rule.eta).square())
-                move = Move(direction, rule.eta, mask)
-            sweep_(elements, move, pace, self.scratch)
+            squares = self._flat_by_torch(elements, stack.v, g, corrected_by, rule, stack.mask(active), pace)
         if not direct:
             stack.write_(elements.y)
+        return [squares] if g is not None else []
+
+    def _flat_by_torch(
+        self,
+        elements: Elements,
+        v: Tensor,
+        g: Tensor | None,
+        corrected_by: Tensor,
+        rule: AdamW,
+        mask: Tensor | None,
+        pace: Pace,
+    ) -> Tensor:
+        """A whole stack at once; returns the squared norm of the update, 0-d. g None: z stays."""
+        move, squares = None, torch.zeros_like(rule.eta)
+        if g is not None:
+            if not rule.moved:
+                adamw.second_moment_(v, g, rule.beta2, mask, self.scratch)
+            direction = adamw.direction(v, g, corrected_by, rule.eps, self.scratch)
+            counted = direction if mask is None else torch.where(mask, direction, torch.zeros_like(direction))
+            squares = (torch.linalg.vector_norm(counted) * rule.eta).square()
+            move = Move(direction, rule.eta, mask)
+        sweep_(elements, move, pace, self.scratch)
         return squares
 
     def _flat_in_pieces(
