@@ -2,6 +2,7 @@
 # make test    the whole suite
 # make check   ruff, mypy, import contracts, systemd unit
 # make bench   the benchmarks, about 20 minutes on a quiet machine
+# make faults  every fault of the list at every point, with the list of what was injected; as root, with strace; an hour or two
 # make longrun x after a million steps of every optimizer, about an hour on two cores
 #
 # PYTHON picks the interpreter of .venv, TORCH_INDEX=URL another wheel index for torch (see README: machines without a GPU).
@@ -15,7 +16,7 @@ PIP_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INPUTS := pyproject.toml constraints.txt
 WORKERS ?= 2
 
-.PHONY: run test check bench longrun clean
+.PHONY: run test faults check bench longrun clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -23,6 +24,9 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+faults: $(VENV)/.installed-test
+	FAULTS=full $(BIN)/python -m pytest -n $(WORKERS) --timeout 7200 tests/faults tests/crash $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

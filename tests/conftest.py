@@ -1,5 +1,8 @@
-"""One thread a worker: the tests run in parallel, and bit-for-bit comparisons need a fixed number of threads."""
+"""One thread a worker: the tests run in parallel, and bit-for-bit comparisons need a fixed number of threads. The list
+of the injected faults ends every run that injected some."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+pytest_plugins = ["tests.faultlog"]
