@@ -10,6 +10,7 @@ Errors name URL and key and never carry a password, a key or a token.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import functools
 import hashlib
@@ -89,12 +90,26 @@ class Store:
         self._s3 = s3.is_s3(self._fs)
         if self._s3:
             s3.try_once(self._fs)
-        self.advisory = not (self._s3 or self._local is not None)
-        """Whether two writers have to look out for each other, because the store does not keep them apart. An S3
-        server that ignores conditions is found out by `probe` only, which sets this."""
+        self._traits = {"advisory": not (self._s3 or self._local is not None)}
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
+
+    def hurried(self, deadline_s: float) -> Store:
+        """The same store with another deadline."""
+        other = copy.copy(self)
+        other._deadline_s = deadline_s
+        return other
+
+    @property
+    def advisory(self) -> bool:
+        """Whether two writers have to look out for each other, because the store does not keep them apart. An S3
+        server that ignores conditions is found out by `probe` only, which sets this, for every copy of this store."""
+        return self._traits["advisory"]
+
+    @advisory.setter
+    def advisory(self, value: bool) -> None:
+        self._traits["advisory"] = value
 
     def put_file(self, local: Path, key: str) -> None:
         """Store a finished, fsynced file as it is; whatever stood under the key is replaced as a whole.
