@@ -23,23 +23,27 @@ from anytimed.contracts import AnytimedError, HostTensor, Json
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
 from anytimed.service.requests import Request
-from anytimed.storage.exports import ExportContent, Publisher, Spool
+from anytimed.storage.exports import ExportContent, Publisher, Spool, SpoolItem
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.store import Store
 from tests.faults import servers
+from tests.storage import faults
 from tests.storage.material import evaluation
 
 
-def content(step: int, elements: int = 1000, *, value: float | None = None, loss_x: float = 3.0) -> ExportContent:
-    """An export whose every value is its step."""
+def content(step: int, elements: int = 1000, *, poison: Json | None = None, loss_x: float = 3.0) -> ExportContent:
+    """An export whose every value is its step; all but one where `poison` gives a tensor, an index and a value."""
 
-    def full(count: int) -> HostTensor:
-        return HostTensor("F32", (count,), np.full(count, step if value is None else value, "<f4").data.cast("B"))
+    def full(name: str, count: int) -> HostTensor:
+        values = np.full(count, step, "<f4")
+        if poison is not None and poison["tensor"] == name:
+            values[poison["index"]] = float(poison["value"])
+        return HostTensor("F32", (count,), values.data.cast("B"))
 
     return ExportContent(
         step=step,
         tokens=100 * step,
-        tensors={"w.first": full(elements), "w.second": full(100)},
+        tensors={name: full(name, count) for name, count in (("w.first", elements), ("w.second", 100))},
         config={"model_type": "llama", "step": step},
         files={"tokenizer.json": json.dumps({"step": step}).encode()},
         optimizer={},
@@ -87,11 +91,23 @@ class Export:
 
 def carry_out(folder: Path, url: str, order: Json) -> None:
     export = Export(folder, url, order)
-    made = content(order["step"], order.get("elements", 1000)) if "step" in order else None
     export.start()
-    if made is not None:
+    if "step" in order:
+        made = content(
+            order["step"], order.get("elements", 1000), poison=order.get("poison"), loss_x=order.get("loss_x", 3.0)
+        )
+        fault = order.get("build_fault")
+        if fault is not None:
+            build = Spool.build
+
+            def harmed(spool: Spool, content: ExportContent) -> SpoolItem:
+                with faults.at_call(fault["call"], faults.error(fault["errno"])):
+                    return build(spool, content)
+
+            Spool.build = harmed  # type: ignore[method-assign]
         export.outbox.submit(lambda: made)
-    deadline = time.monotonic() + order.get("patience_s", 20.0)
+    errors: list[str] = []
+    deadline = time.monotonic() + order.get("patience_s", 30.0)
     while time.monotonic() < deadline:
         refused = next((r for p in export.posted if (r := getattr(p, "refused", None))), None)
         if refused is not None:
@@ -106,6 +122,13 @@ def carry_out(folder: Path, url: str, order: Json) -> None:
     else:
         print(json.dumps({"told": str(errors[-1:])}), flush=True)
         os._exit(1)
+    if order.get("hold"):
+        print(json.dumps({"holds": True}), flush=True)
+        _line()
+        if any(getattr(p, "refused", None) for p in export.posted):
+            os._exit(3)
+    if errors:
+        print(json.dumps({"told": str(errors[-1])}), flush=True)
     export.publisher.retain(keep=2, longest_pull_s=0.0, grace_s=order.get("grace_s", 0.0), check=export.keeper.check)
     export.close()
     os._exit(0)

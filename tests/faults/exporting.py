@@ -62,6 +62,13 @@ class Exporter:
             self.told.append(str(heard.get("told")))
         return int(heard["exit"])
 
+    def wait_held(self) -> None:
+        """For an order with `hold`: wait until its export is published; the child then stays, lease in hand, until
+        `begin` is called again."""
+        while not (heard := self._hear()).get("holds"):
+            assert "exit" not in heard, (heard, self.told)
+            self.told.append(str(heard.get("told")))
+
     def go(self) -> int:
         self.begin()
         return self.end()

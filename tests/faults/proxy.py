@@ -39,7 +39,7 @@ class Do:
 
     refuse: the status to answer with instead of asking the server. swallow: never answer. before, after: break the
     connection before the server got it, or once it has answered. cut_download: break the connection after so many
-    bytes. turn: flip a bit of what is uploaded. kill: SIGKILL this process once the server has answered.
+    bytes. turn: flip a bit of what is uploaded. kill, stop: SIGKILL, SIGSTOP this process once the server has answered.
     """
 
     refuse: int | None = None
@@ -49,6 +49,7 @@ class Do:
     cut_download: int | None = None
     turn: bool = False
     kill: int | None = None
+    stop: int | None = None
 
 
 Plan = Callable[[Seen], Do]
@@ -95,6 +96,8 @@ class Proxy:
         status, headers, answer = await self._ask(request, body)
         if do.kill is not None:
             os.kill(do.kill, signal.SIGKILL)
+        if do.stop is not None:
+            os.kill(do.stop, signal.SIGSTOP)
         if do.after:
             return self._break(request)
         response = web.StreamResponse(status=status, headers=headers)

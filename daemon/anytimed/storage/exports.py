@@ -222,7 +222,7 @@ class Publisher:
     # --- within ---
 
     def _published(self, key: str, item: SpoolItem) -> bool:
-        """Whether the manifest stands there with our bytes. Raises Refused on another writer's, StoreError on nobody's."""
+        """Whether our manifest stands there. Raises Refused on another writer's, StoreError on nobody's."""
         try:
             found = self._store.read(key, MANIFEST_BYTES)
         except MissingKey:
