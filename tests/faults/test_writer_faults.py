@@ -111,7 +111,7 @@ def test_two_daemons_on_one_prefix_exactly_one_exports(
             looked = time.monotonic()
             told, _ = daemons[1].communicate(timeout=120)
             assert daemons[1].returncode == 3, told
-            assert time.monotonic() - looked < lease_s, "it has to find out within the lease's time"
+            assert time.monotonic() - looked < lease_s, told
             assert "another writer is alive" in told and "Traceback" not in told
             runs = {json.loads(store.read(k, 1 << 20))["run_id"] for k in store.list() if k.endswith("/manifest.json")}
             assert len(runs) == 1, "only the first one may have published"
