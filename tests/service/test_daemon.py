@@ -351,3 +351,34 @@ def test_on_a_terminal_there_is_a_live_table_and_closing_it_commits_and_stops(tm
     for told in ("loss at y (training)", "last commit", "last export", "to go", "tokens/s"):
         assert told in shown.decode(errors="replace")
     assert int(tiny.newest_commit(tmp_path).name.rpartition("-")[2]) >= 40
+
+
+def test_a_worse_x_is_kept_aside_and_latest_stays(tmp_path: Path) -> None:
+    """A learning rate that ruins the model: the gate compares with the published x, evaluated again on the hold-out in
+    force, also after a restart."""
+    tiny.write_text(tmp_path / "data", 300)
+    aligned = {"exports": {"every_steps": 20}, "evaluation": {"every_steps": 20}}
+    tiny.run("run", tiny.config(tmp_path, **aligned), "--steps", "60")
+    good = json.loads((tmp_path / "published" / "latest.json").read_text())
+    assert good["step"] == 60
+    ruin = {"optimizer": {"lr": 50.0, "aux_lr": 50.0}}
+    told = tiny.run("run", tiny.config(tmp_path, **aligned, **ruin), "--steps", "100")
+    assert "worse by more than 0.5 nats" in told, told
+    for pointer in ("latest.json", "best.json"):
+        assert json.loads((tmp_path / "published" / pointer).read_text()) == good
+    aside = [p.name[-3:] for p in (tmp_path / "run" / "quarantine" / "exports").iterdir()]
+    assert sorted(aside) == ["080", "100"]
+    # Without a gate it goes out.
+    open_ = {"exports": {"every_steps": 20, "gate_margin_nats": 1e9}}
+    tiny.run("run", tiny.config(tmp_path, **{**aligned, **ruin, **open_}), "--steps", "120")
+    assert json.loads((tmp_path / "published" / "latest.json").read_text())["step"] == 120
+
+
+def test_an_x_ruined_between_evaluations_does_not_lower_the_bar(tmp_path: Path) -> None:
+    """Exports come more often than evaluations: the first ruined ones slip out, then the gate closes and stays so."""
+    tiny.write_text(tmp_path / "data", 300)
+    often = {"exports": {"every_steps": 9}, "evaluation": {"every_steps": 20}}
+    tiny.run("run", tiny.config(tmp_path, **often), "--steps", "60")
+    told = tiny.run("run", tiny.config(tmp_path, **often, optimizer={"lr": 50.0, "aux_lr": 50.0}), "--steps", "130")
+    assert "worse by more than 0.5 nats" in told, told
+    assert json.loads((tmp_path / "published" / "latest.json").read_text())["step"] < 80

@@ -12,18 +12,17 @@ import enum
 import logging
 import math
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
-from anytimed.contracts import AnytimedError, Batch, HostTensor, Json
+from anytimed.contracts import AnytimedError, Batch, Json
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
 from anytimed.service.board import Board
 from anytimed.service.committer import Committer
 from anytimed.service.console import View
 from anytimed.service.control import Control
+from anytimed.service.gatekeeper import Gatekeeper
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
@@ -31,7 +30,6 @@ from anytimed.service.reload import reloaded
 from anytimed.service.requests import Mailbox, Request
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
-from anytimed.storage.gate import judge
 
 log = logging.getLogger("anytimed")
 
@@ -62,13 +60,13 @@ class Daemon:
         self._give_up = self._hung_up = False
         self._systemd = Systemd()
         self._committer = Committer(session.commits, mailbox.post)
-        self._standing, self._published_x = session.standing, dict[str, HostTensor]()
+        self._gate = Gatekeeper(session.standing, session.served)
         exports, run = self._config.exports, session.run
         self._keeper = Keeper(
             session.store, run.run_id, run.term, mailbox.post, ttl_s=exports.lease_s, require=exports.require_conditions
         )
         self._outbox = Outbox(session.spool, session.publisher, self._keeper, mailbox.post, exports.url, session.parent)
-        self._keeper.on_held = self._outbox.wake
+        self._keeper.on_held, self._outbox.keeps = self._outbox.wake, self._gate.keeps
         self._board = Board(session, view, self._systemd, self._outbox, self._keeper)
         self._timetable = Timetable(mailbox)
         self._control = Control(session.run.control_socket, mailbox, self.status)
@@ -176,10 +174,10 @@ class Daemon:
     def _evaluate(self) -> None:
         """Losses of x, y and z on the hold-out; and of the published x, where the gate could not compare otherwise."""
         found = self._learner.evaluate(self._holdout)
-        if found is not None and self._standing is not None and self._standing.holdout != found.holdout:
-            loss = self._learner.loss_at(self._published_x, self._holdout) if self._published_x else None
-            if loss is not None:
-                self._standing = replace(self._standing, holdout=found.holdout, loss_x=loss)
+        if found is not None and self._gated:
+            margin = self._config.exports.gate_margin_nats
+            self._gate.evaluated(found, margin, lambda folder: self._learner.loss_at(folder, self._holdout))
+            self._outbox.keeps = self._gate.keeps
         self._board.evaluated(found)
         self._tell()
 
@@ -216,7 +214,7 @@ class Daemon:
 
     def _begin_export(self, reply: Future[dict[str, Any]] | None = None) -> None:
         self._report()
-        verdict = judge(self._board.evaluation, self._standing, self._config.exports.gate_margin_nats)
+        verdict = self._gate.verdict(self._board.evaluation, self._config.exports.gate_margin_nats)
         self._outbox.submit(self._session.export(self._config, self._board.evaluation, self._read, verdict), reply)
 
     # --- requests
@@ -293,16 +291,16 @@ class Daemon:
         self._board.problem("export", done.error)
         if done.error is None:
             self._parent = done.checkpoint
-            self._standing = done.standing
-            self._published_x = self._kept(done.x)
+            self._gate.published(done)
+            self._outbox.keeps = self._gate.keeps
             self._board.export = {"step": done.step, "checkpoint": done.checkpoint, "time": time.time()}
             log.info("exported step %d: %s/checkpoints/%s", done.step, self._config.exports.url, done.checkpoint)
             self._mailbox.post(requests.Retain())
         self._tell()
 
-    def _kept(self, x: Mapping[str, HostTensor] | None) -> dict[str, HostTensor]:
-        """The published x, if the gate may want to evaluate it again on another hold-out."""
-        return dict(x or {}) if math.isfinite(self._config.exports.gate_margin_nats) else {}
+    @property
+    def _gated(self) -> bool:
+        return math.isfinite(self._config.exports.gate_margin_nats)
 
     def _terminal_gone(self) -> bool:
         """Whether the terminal of the live view was closed, which asks for a stop, once."""

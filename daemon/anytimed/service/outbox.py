@@ -11,12 +11,12 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from anytimed.contracts import AnytimedError, HostTensor, Json, Refused
+from anytimed.contracts import AnytimedError, Json, Refused
 from anytimed.service.keeper import Keeper
 from anytimed.service.requests import Crashed, Published, Request
 from anytimed.storage.exports import ExportContent, ExportRefused, Publisher, Spool, Superseded
@@ -44,8 +44,9 @@ class Outbox:
     ) -> None:
         self._spool, self._publisher, self._keeper, self._post, self._url = spool, publisher, keeper, post, url
         self._parent = parent
-        self._newest_x: tuple[int, Mapping[str, HostTensor]] | None = None
         self._repaired = False
+        self.keeps: str | None = None
+        """The checkpoint that the gate compares with: its files stay in the run directory."""
         self._changed = threading.Condition()
         self._make: Make | None = None
         self._replies: list[Reply] = []
@@ -155,9 +156,7 @@ class Outbox:
         return max(0.0, self._retry_at - time.monotonic()) if self._waiting else None
 
     def _build(self, make: Make) -> None:
-        content = make()
-        item = self._spool.build(replace(content, parent=self._parent))
-        self._newest_x = (item.manifest.seq, content.tensors)
+        self._spool.build(replace(make(), parent=self._parent))
         self._waiting = True
 
     def _publish(self, replies: list[Reply]) -> None:
@@ -179,17 +178,17 @@ class Outbox:
                 self._publisher.publish(newest, moved, check=self._keeper.check)
             finally:
                 self._upload = None
-            self._spool.discard(newest)
+            served = self._spool.serve(newest, self.keeps)
             self._parent = newest.id
             for reply in replies:
                 reply.set_result({"checkpoint": newest.id, "step": newest.manifest.step, "url": self._url})
-            found, seen = newest.manifest.evaluation, self._newest_x
+            found = newest.manifest.evaluation
             self._post(
                 Published(
                     newest.manifest.step,
                     checkpoint=newest.id,
                     standing=Standing(newest.id, found.holdout, found.loss_x) if found else None,
-                    x=seen[1] if seen is not None and seen[0] == newest.manifest.seq else None,
+                    served=served,
                 )
             )
         self._waiting, self._pause_s = False, FIRST_PAUSE_S

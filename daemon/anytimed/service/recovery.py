@@ -70,6 +70,7 @@ class Session:
     publisher: Publisher
     position: Position
     standing: Standing | None = None
+    served: Path | None = None
     evaluation: Evaluation | None = None
     parent: str | None = None
     resumed: Json | None = None
@@ -245,6 +246,7 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         if published.evaluation is not None:
             found = published.evaluation
             session.standing = Standing(published.id, found.holdout, found.loss_x)
+            session.served = session.spool.served(published.id)
         session.published = {"step": published.step, "checkpoint": published.id, "time": published.created_s}
     if commit is None:
         if journal.entries("data"):

@@ -7,12 +7,12 @@ any moment."""
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from anytimed.contracts import HostTensor
 from anytimed.storage.gate import Standing
 
 
@@ -63,12 +63,12 @@ class Committed:
 @dataclass(frozen=True, slots=True)
 class Published:
     """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run. `standing`: how
-    good the published x is, `x` its tensors, where this process still has them."""
+    good the published x is, `served` the folder that keeps it here."""
 
     step: int | None = None
     checkpoint: str | None = None
     standing: Standing | None = None
-    x: Mapping[str, HostTensor] | None = field(default=None, repr=False, compare=False)
+    served: Path | None = None
     error: str | None = None
     refused: Exception | None = None
 

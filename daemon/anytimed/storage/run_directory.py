@@ -75,6 +75,11 @@ class RunDirectory:
         return self.path / "quarantine"
 
     @property
+    def served(self) -> Path:
+        """The export that was published last: what the gate compares the next one with."""
+        return self.path / "served"
+
+    @property
     def refused_exports(self) -> Path:
         """Exports that were not fit to be served, the newest few."""
         return self.quarantine / "exports"
@@ -134,9 +139,9 @@ class RunDirectory:
             )
             write_durably(self.path / "OWNER", json.dumps(asdict(self._owner)).encode() + b"\n")
             kept = ("commits", "records", "exports")
-            for folder in (self.commits, self.spool, *(self.quarantine / name for name in kept)):
+            for folder in (self.commits, self.spool, self.served, *(self.quarantine / name for name in kept)):
                 make_folders(folder)
-            for folder in (self.path, self.commits, self.spool, self.refused_exports):
+            for folder in (self.path, self.commits, self.spool, self.served, self.refused_exports):
                 self.sweep(folder)
         except BaseException:
             self.release()

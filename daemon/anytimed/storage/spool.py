@@ -123,8 +123,29 @@ class Spool:
         return sorted(found, key=lambda item: item.manifest.order)
 
     def discard(self, item: SpoolItem) -> None:
-        """Forget an export: published, or no longer wanted."""
+        """Forget an export that is no longer wanted."""
         self._remove(item.path)
+
+    def serve(self, item: SpoolItem, keep: str | None = None) -> Path | None:
+        """It is published: keep it here for the gate to compare with, and of those before only `keep`; where. None
+        where the disk would not have it; then it is forgotten."""
+        place = self._run.served / item.id
+        try:
+            item.path.rename(place)
+            fsync_folder(self._run.served)
+        except OSError as error:
+            log.warning("%s: cannot be kept for the gate: %s", item.path, error.strerror)
+            self._remove(item.path)
+            return None
+        for other in self._run.served.iterdir():
+            if other.name not in (item.id, keep):
+                self._remove(other)
+        return place
+
+    def served(self, ident: str) -> Path | None:
+        """Where the published export of that id is kept; None where it is not."""
+        place = self._run.served / ident
+        return place if (place / MANIFEST_NAME).is_file() else None
 
     def coalesce(self) -> list[SpoolItem]:
         """What waits, with all but the newest forgotten: a store that was slow gets the newest export, not a queue."""

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anytimed.contracts import Batch, CorruptError, Evaluation, Holdout, HostTensor, Json, Model, Snapshot, StepReport
@@ -105,9 +106,17 @@ class Learner:
         y = {name: p.detach() for name, p in self._named.items()}
         return self._evaluator.evaluate(self.step_count, holdout, self._at("x"), y, self._at("z"))
 
-    def loss_at(self, weights: Mapping[str, HostTensor], holdout: Holdout) -> float | None:
-        """Mean loss in nats per token of exported weights on the hold-out; None while nothing is held out."""
-        return self._evaluator.loss_at(self.device.put_tensors(weights), holdout)
+    def loss_at(self, export: Path, holdout: Holdout) -> float | None:
+        """Mean loss in nats per token of the weights in an export's folder on the hold-out; None while nothing is held
+        out, or where the folder does not hold this model."""
+        try:
+            weights = {name: t for file in export.glob("*.safetensors") for name, t in load_file(file).items()}
+        except (OSError, SafetensorError):
+            return None
+        shapes = {name: p.shape for name, p in self._named.items()}
+        if {name: t.shape for name, t in weights.items()} != shapes:
+            return None
+        return self._evaluator.loss_at({n: t.to(self.device.torch_device) for n, t in weights.items()}, holdout)
 
     # --- copies
 
