@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -218,3 +220,21 @@ def cutting(upstream: int, after_bytes: Callable[[int], int | None]) -> Iterator
     finally:
         stop.set()
         thread.join(10)
+
+
+def main(upstream: int) -> None:
+    """A proxy in a process of its own: says its port, then follows the mode that each line of stdin names."""
+    draw = random.Random(0)
+    modes: dict[str, Plan] = {
+        "healthy": lambda _: Do(),
+        "dead": lambda _: Do(swallow=True),
+        "storm": lambda _: Do(refuse=draw.choice([500, 503])) if draw.random() < 0.5 else Do(),
+    }
+    with proxy(upstream) as made:
+        print(made.port, flush=True)
+        for line in sys.stdin:
+            made.play(modes[line.strip()])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
