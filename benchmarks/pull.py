@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -131,7 +132,7 @@ def plain(port: int, to: Path, manifest: Manifest, rclone: str) -> dict[str, flo
     marks.append(time.perf_counter())
     subprocess.run(["sync", *names, "."], cwd=to, check=True)
     marks.append(time.perf_counter())
-    copy, check, sync = (later - earlier for earlier, later in zip(marks, marks[1:], strict=False))
+    copy, check, sync = (later - earlier for earlier, later in itertools.pairwise(marks))
     return {"copy": copy, "sha256sum": check, "sync": sync, "whole": marks[-1] - marks[0]}
 
 

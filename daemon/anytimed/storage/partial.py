@@ -133,7 +133,8 @@ def claim(versions: Path, manifest: Manifest, data: bytes) -> Partial:
     What no running pull holds of other checkpoints is removed. One at a time: the caller holds the target's lock.
     """
     stem = f"{_PREFIX}{manifest.id}-{hashlib.sha256(data).hexdigest()[:16]}"
-    for n in itertools.count():
+    n = 0
+    while True:
         path = versions / f"{stem}.{n}"
         if not path.is_dir() or path.is_symlink():
             _remove(path)
@@ -141,7 +142,7 @@ def claim(versions: Path, manifest: Manifest, data: bytes) -> Partial:
         if (folder := _lock(path)) is not None:
             sweep(versions, path)
             return Partial(path, folder, manifest)
-    raise AssertionError("unreachable")
+        n += 1
 
 
 def sweep(versions: Path, but: Path | None = None) -> None:

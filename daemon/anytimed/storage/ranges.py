@@ -18,13 +18,13 @@ from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_
 
 from .store import Answer, NoRanges, PassingError, Store
 
-RANGE_BYTES = 16 << 20
+RANGE_BYTES = 8 << 20
 """Asked for at a time: the cost of a request is small beside it."""
-UNDER_WAY = 6
+UNDER_WAY = 8
 """Ranges asked for and not handed out yet, at most: this times RANGE_BYTES bounds the memory."""
-_QUICK_S = 5.0
-"""A range that is waited for no longer than this lets one more be under way. Six such ranges at one line's rate take
-half of the deadline that each of them has."""
+QUICK_S = 5.0
+"""A range that is waited for no longer than this lets one more be under way. Eight of them that share a line of that
+rate take 40 s each, less than the deadline that each has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def stream(store: Store, spans: Iterable[Span], budget: Budget) -> Generator[tup
                 _cancel(under_way)
                 yield from _one_by_one(store, _from(due, wanted))
                 return
-            quick = time.monotonic() - began < _QUICK_S
+            quick = time.monotonic() - began < QUICK_S
             most = min(most + 1, UNDER_WAY) if quick else max(most - 1, 1)
             yield due.key, data
             if len(data) < due.end - due.start:
