@@ -104,7 +104,7 @@ class FileEntry(BaseModel):
     sha256: Sha256
 
 
-class _Stored(BaseModel):
+class Stored(BaseModel):
     """What the three forms share: a version that is looked at first, and errors that name the place."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
@@ -145,7 +145,7 @@ def _unique(files: list[FileEntry], reserved: str) -> list[FileEntry]:
     return files
 
 
-class Manifest(_Stored):
+class Manifest(Stored):
     """manifest.json of a published checkpoint. `evaluation` is the latest one at the time, of its own step."""
 
     form: ClassVar[str] = "checkpoint manifest"
@@ -186,7 +186,7 @@ class Manifest(_Stored):
         return sum(entry.size for entry in self.files)
 
 
-class Pointer(_Stored):
+class Pointer(Stored):
     """latest.json, best.json: which checkpoint, and the digest of its manifest's bytes."""
 
     form: ClassVar[str] = "pointer"
@@ -215,7 +215,7 @@ class Pointer(_Stored):
         )
 
 
-class CommitManifest(_Stored):
+class CommitManifest(Stored):
     """MANIFEST.json of a commit. `parent` is the seq of the commit that this state grew from."""
 
     form: ClassVar[str] = "commit manifest"
