@@ -140,8 +140,9 @@ def claim(versions: Path, manifest: Manifest, data: bytes) -> Partial:
             _remove(path)
             path.mkdir()
         if (folder := _lock(path)) is not None:
-            sweep(versions, path)
-            return Partial(path, folder, manifest)
+            with _closed_on_error(folder):
+                sweep(versions, path)
+                return Partial(path, folder, manifest)
         n += 1
 
 
