@@ -155,7 +155,9 @@ def pull(
         with _pulling() as progress:
             pulled = fetch(url, to, checkpoint=checkpoint, progress=progress)
     except KeyboardInterrupt:
-        err.print(f"Stopped. The next pull into {to} goes on from there.", markup=False, highlight=False)
+        err.print(
+            f"Stopped. The next pull into {to} goes on from there.", markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(130) from None
     manifest = pulled.manifest
     _say(f"{manifest.id}: step {manifest.step:,}, {manifest.tokens:,} tokens")
@@ -267,7 +269,7 @@ def _pulling() -> Iterator[Callable[[int, int], None]]:
         def tell(done: int, total: int) -> None:
             nonlocal begun
             if done > 0 and not begun:
-                err.print(f"resumed at {size(done)} of {size(total)}", highlight=False)
+                err.print(f"resumed at {size(done)} of {size(total)}", highlight=False, soft_wrap=True)
             begun = True
             show(done, total)
 

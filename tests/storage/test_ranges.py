@@ -18,6 +18,7 @@ from anytimed.storage.manifest import FileEntry, Manifest
 from anytimed.storage.partial import claim
 from anytimed.storage.ranges import Budget, Span, stream
 from anytimed.storage.store import Answer, MissingKey, PassingError, Store, StoreError
+from tests.storage import object_store  # noqa: F401 - registers objects://
 from tests.storage.web_server import WebServer
 
 
@@ -189,6 +190,17 @@ def test_one_budget_for_all_ranges(tmp_path: Path) -> None:
 
     assert budget.patiently(attempt) == b"x" and len(tries) == 4
     assert 0 < budget.left_s < 3.0
+
+
+def test_an_object_store_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 10)
+    url = f"objects://{tmp_path.name}"
+    whole = Store(url)
+    for name in ("a", "b"):
+        whole.replace(name, bytes(range(95)))
+    spans = [Span("a", 42, 95), Span("b", 0, 95)]
+    found = list(stream(Store(url, {"no_ranges": True}), spans, Budget()))
+    assert found == [("a", bytes(range(42, 95))), ("b", bytes(range(95)))]
 
 
 # --- a real web server ------------------------------------------------------------------------------------------------
