@@ -19,11 +19,11 @@ import os
 import shutil
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from anytimed.contracts import CorruptError
 
@@ -64,31 +64,28 @@ class Partial:
         stay), StoreError, OSError where the local disk fails.
         """
         done, total = self.have_bytes, self._manifest.total_bytes
-        tell = progress or (lambda done, total: None)
-        tell(done, total)
+        if progress is not None:
+            progress(done, total)
+
+        def arrived(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        missing = {}
         with ThreadPoolExecutor(1) as hashing, _Syncing() as syncing:
-            keys = {}
             for entry in self._manifest.files:
                 if self._have.get(entry.name, 0) < entry.size:
-                    keys[f"{CHECKPOINTS}/{self._manifest.id}/{entry.name}"] = entry
+                    missing[f"{CHECKPOINTS}/{self._manifest.id}/{entry.name}"] = entry
                 else:
-                    file, digest = self._open(entry)
-                    with _closed_on_error(file):
-                        self._check(entry, file, digest, str(self.path / entry.name))
-                    syncing.add(file)
-            spans = [Span(key, self._have.get(entry.name, 0), entry.size) for key, entry in keys.items()]
+                    syncing.add(self._grown(entry, (), str(self.path / entry.name), hashing, arrived))
+            spans = [Span(key, self._have.get(entry.name, 0), entry.size) for key, entry in missing.items()]
             with contextlib.closing(stream(store, spans, budget)) as arriving:
                 for key, chunks in itertools.groupby(arriving, itemgetter(0)):
-                    file, digest = self._open(keys[key])
-                    with _closed_on_error(file):
-                        for _, chunk in chunks:
-                            hashed = hashing.submit(digest.update, chunk)
-                            write_all(file, memoryview(chunk))
-                            hashed.result()
-                            done += len(chunk)
-                            tell(done, total)
-                        self._check(keys[key], file, digest, f"{store.url}/{key}")
-                    syncing.add(file)
+                    data = (chunk for _, chunk in chunks)
+                    syncing.add(self._grown(missing.pop(key), data, f"{store.url}/{key}", hashing, arrived))
+        assert not missing, missing
 
     def seal(self, data: bytes) -> None:
         """Add the manifest, whose bytes are `data`, and make the folder durable."""
@@ -107,24 +104,37 @@ class Partial:
 
     # --- within ---
 
-    def _open(self, entry: FileEntry) -> tuple[int, Any]:
-        """The file, at its end, and the digest of what it holds; made if there is none."""
+    def _grown(
+        self,
+        entry: FileEntry,
+        chunks: Iterable[bytes],
+        where: str,
+        hashing: ThreadPoolExecutor,
+        arrived: Callable[[int], None],
+    ) -> int:
+        """The open file of an entry, after `chunks` from `where` were added to what was there; verified."""
         file = os.open(entry.name, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o666, dir_fd=self._folder)
-        with _closed_on_error(file):
+        try:
             digest = hashlib.sha256()
             while chunk := os.read(file, CHUNK_BYTES):
                 digest.update(chunk)
-        return file, digest
-
-    def _check(self, entry: FileEntry, file: int, digest: Any, where: str) -> None:
-        found = (os.fstat(file).st_size, digest.hexdigest())
-        if found != (entry.size, entry.sha256):
-            os.unlink(entry.name, dir_fd=self._folder)
-            self._have.pop(entry.name, None)
-            raise CorruptError(
-                f"{where}: {found[0]} bytes with SHA-256 {found[1]}, "
-                f"the manifest says {entry.size} bytes with {entry.sha256}"
-            )
+            for chunk in chunks:
+                hashed = hashing.submit(digest.update, chunk)
+                write_all(file, memoryview(chunk))
+                hashed.result()
+                arrived(len(chunk))
+            found = (os.fstat(file).st_size, digest.hexdigest())
+            if found != (entry.size, entry.sha256):
+                os.unlink(entry.name, dir_fd=self._folder)
+                self._have.pop(entry.name, None)
+                raise CorruptError(
+                    f"{where}: {found[0]} bytes with SHA-256 {found[1]}, "
+                    f"the manifest says {entry.size} bytes with {entry.sha256}"
+                )
+        except BaseException:
+            os.close(file)
+            raise
+        return file
 
 
 def claim(versions: Path, manifest: Manifest, data: bytes) -> Partial:
@@ -140,9 +150,12 @@ def claim(versions: Path, manifest: Manifest, data: bytes) -> Partial:
             _remove(path)
             path.mkdir()
         if (folder := _lock(path)) is not None:
-            with _closed_on_error(folder):
+            try:
                 sweep(versions, path)
                 return Partial(path, folder, manifest)
+            except BaseException:
+                os.close(folder)
+                raise
         n += 1
 
 
@@ -220,12 +233,3 @@ class _Syncing:
             os.fsync(file)
         finally:
             os.close(file)
-
-
-@contextlib.contextmanager
-def _closed_on_error(file: int) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        os.close(file)
-        raise
