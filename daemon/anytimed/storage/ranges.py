@@ -78,7 +78,7 @@ def stream(store: Store, spans: Iterable[Span], budget: Budget) -> Generator[tup
                 under_way.append((following, store.begin_range(following.key, following.start, following.end)))
             if not under_way:
                 return
-            due, answer = under_way.popleft()
+            due, answer = under_way[0]
             began = time.monotonic()
             try:
                 data = budget.patiently(_again(store, due, answer))
@@ -86,6 +86,7 @@ def stream(store: Store, spans: Iterable[Span], budget: Budget) -> Generator[tup
                 _cancel(under_way)
                 yield from _one_by_one(store, _from(due, wanted))
                 return
+            under_way.popleft()
             quick = time.monotonic() - began < QUICK_S
             most = min(most + 1, UNDER_WAY) if quick else max(most - 1, 1)
             yield due.key, data
