@@ -17,6 +17,7 @@ from anytimed.contracts import AnytimedError, ConfigError, Record, Rejected, Str
 from anytimed.optim import compiled, native
 from anytimed.service.assembly import Parts, parts_of
 from anytimed.service.console import size
+from anytimed.storage.probe import probe
 from anytimed.storage.store import Store
 from anytimed.training.device import Device
 from anytimed.training.footprint import Footprint, estimate
@@ -124,12 +125,10 @@ def _directory(path: Path) -> str:
 
 
 def _write(config: Config) -> str:
-    store = Store(config.exports.url, config.exports.storage_options)
-    key, content = f"check-{uuid.uuid4().hex}", b"anytimed check"
-    store.replace(key, content)
-    try:
-        if store.read(key, 100) != content:
-            raise AnytimedError(f"{config.exports.url}: what was written does not read back the same")
-    finally:
-        store.delete(key)
-    return f"{config.exports.url}: written, read back and removed a probe"
+    store = Store(config.exports.url, config.exports.storage_options, deadline_s=config.exports.deadline_s)
+    ability = probe(store, uuid.uuid4().hex)
+    if config.exports.require_conditions and not ability.fences:
+        raise AnytimedError(
+            f"{store.url}: {ability.told}; [exports] require_conditions = true asks for a store that does"
+        )
+    return f"{store.url}: written, read back and removed a probe; the store {ability.told}"

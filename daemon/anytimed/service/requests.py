@@ -7,10 +7,13 @@ any moment."""
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+from anytimed.contracts import HostTensor
+from anytimed.storage.gate import Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,21 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run."""
+    """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run. `standing`: how
+    good the published x is, `x` its tensors, where this process still has them."""
 
     step: int | None = None
     checkpoint: str | None = None
+    standing: Standing | None = None
+    x: Mapping[str, HostTensor] | None = field(default=None, repr=False, compare=False)
+    error: str | None = None
+    refused: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """The right to publish changed: held (no error), or not held for now and why. `refused` ends the run."""
+
     error: str | None = None
     refused: Exception | None = None
 
@@ -74,7 +88,7 @@ class Crashed:
     error: BaseException
 
 
-Request = Stop | Reload | Commit | Export | Discover | Retain | Committed | Published | Crashed
+Request = Stop | Reload | Commit | Export | Discover | Retain | Committed | Published | Leased | Crashed
 
 
 class Mailbox:

@@ -68,10 +68,10 @@ class Spool:
         self._seq = 0
         self._trusted: set[str] = set()
 
-    def build(self, content: ExportContent, refused: str | None = None) -> SpoolItem:
-        """Write an export into the spool. `refused`: why it must not be served. Raises ExportRefused for that, and
-        where x is not finite: it is kept aside then; ExportFailed (disk): nothing is left then."""
-        reason = refused or _not_finite(content)
+    def build(self, content: ExportContent) -> SpoolItem:
+        """Write an export into the spool. Raises ExportRefused where the gate refused it or x is not finite: it is kept
+        aside then; ExportFailed (disk): nothing is left then."""
+        reason = content.refused or _not_finite(content)
         if reason is None:
             return self._build(content, self._run.spool)
         try:
