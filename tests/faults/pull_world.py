@@ -44,6 +44,8 @@ class World:
         self.first = self.site.publish(1, **changes)
         self.old = folder / "old"
         self.pull(self.old)
+        self.asked: str | None = None
+        """The checkpoint that a puller asks for; None for the newest."""
         self.second = self.site.spool.build(content(2, **changes))
         self.site.publisher.publish(self.second)
 
@@ -66,7 +68,7 @@ class World:
         }
 
     def puller(self, to: Path) -> list[str]:
-        return [sys.executable, "-m", "tests.faults.puller", self.url, str(to)]
+        return [sys.executable, "-m", "tests.faults.puller", self.url, str(to), *filter(None, [self.asked])]
 
     def traced(self, to: Path, *strace: str) -> subprocess.CompletedProcess[str]:
         """A pull in a process of its own under strace."""
@@ -103,7 +105,7 @@ class World:
         """The following pull takes what is there and ends with the new checkpoint."""
         had = self.bytes_there(to)
         told: list[int] = []
-        pulled = self.pull(to, progress=lambda done, total: told.append(done))
+        pulled = self.pull(to, checkpoint=self.asked, progress=lambda done, total: told.append(done))
         assert pulled.manifest == self.second.manifest and not pulled.fell_back
         assert told == [] or told[0] == had, (told, had)
         assert tree(to / "current") == tree(self.second.path)

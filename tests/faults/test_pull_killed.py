@@ -16,7 +16,7 @@ from tests.faults import servers
 from tests.faults.pull_world import ROOT, World, small_ranges
 from tests.faults.reader import Reader
 from tests.faults.tools import needs
-from tests.storage.material import flip, tree
+from tests.storage.material import flip, tensor, tree
 
 pytestmark = pytest.mark.fault(40)
 
@@ -70,6 +70,29 @@ def test_at_every_call_current_is_whole_and_the_next_pull_goes_on(
         assert reader.looks > 0
     # A call that another thread makes may come out elsewhere in the order; nearly all are met.
     assert killed >= len(points) * 0.9 if FULL else killed >= 5
+
+
+@pytest.mark.timeout(1800)
+def test_another_runs_checkpoint_of_the_same_id_gives_way_in_one_step(tmp_path: Path, injected: Injected) -> None:
+    """`current` leads to the very folder that is exchanged: killed around that, it is never without a goal."""
+    ours = World(tmp_path / "a", str(tmp_path / "a" / "published"))
+    theirs = World(tmp_path / "b", str(tmp_path / "b" / "published"), tensors={"w": tensor([9.0] * 200)})
+    assert ours.second.id == theirs.second.id
+    theirs.asked = theirs.second.id
+    template, to = ours.fresh(tmp_path / "template"), tmp_path / "to"
+    ours.pull(template)
+    shutil.copytree(template, to, symlinks=True)
+    points = theirs.points(to)
+    assert tree(to / "current") == tree(theirs.second.path)
+    around = next(i for i, point in enumerate(points) if point[0] == "renameat2")
+    for point in points if FULL else points[around - 1 : around + 3]:
+        shutil.rmtree(to)
+        shutil.copytree(template, to, symlinks=True)
+        with Reader(to) as reader:
+            if theirs.killed(to, point):
+                theirs.check_resumed(to)
+                injected(40, f"the same id: {point[0]} {point[2]} of {os.path.relpath(point[1], to)}")
+        assert reader.looks > 0
 
 
 @pytest.mark.timeout(1800)
