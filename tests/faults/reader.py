@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -39,19 +40,23 @@ class Reader(threading.Thread):
 
     def look(self) -> None:
         """Resolve `current` once and verify every byte behind it."""
+        current = self._to / "current"
         try:
-            folder = self._to / (self._to / "current").readlink()
+            standing = current.stat()
         except FileNotFoundError:
-            if self.seen:
-                self._wrong.append("current was taken away")
+            if self.seen or current.is_symlink():
+                self._wrong.append("current was taken away, or leads nowhere")
             return
         try:
+            folder = current.resolve(strict=True)
             manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes(), str(folder))
-            for entry in manifest.files:
-                if digest_of(folder / entry.name) != (entry.size, entry.sha256):
-                    self._wrong.append(f"{folder / entry.name}: not what its manifest says")
+            wrong = [e.name for e in manifest.files if digest_of(folder / e.name) != (e.size, e.sha256)]
         except OSError as error:
-            self._wrong.append(f"incomplete: {error}")
+            wrong = [str(error)]
+        if wrong:
+            # Where another run's checkpoint took the place of the same id meanwhile, a reader looks again.
+            if os.path.samestat(standing, current.stat()):
+                self._wrong.append(f"incomplete, or not what its manifest says: {wrong}")
             return
         if self.seen and manifest.order < self.seen[-1] and not self._may_go_back:
             self._wrong.append(f"{manifest.order} after {self.seen[-1]}")
