@@ -113,9 +113,10 @@ def carry_out(folder: Path, url: str, order: Json) -> None:
         if refused is not None:
             print(json.dumps({"told": str(refused)}), flush=True)
             os._exit(3)
-        if export.outbox.idle and export.keeper.held:
-            break
+        done = export.outbox.idle and export.keeper.held
         errors = [error for p in export.posted if (error := getattr(p, "error", None))]
+        if done:
+            break
         if errors and order.get("until_error"):
             deadline = 0.0
         time.sleep(0.01)

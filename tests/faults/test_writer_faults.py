@@ -111,7 +111,7 @@ def test_two_daemons_on_one_prefix_exactly_one_exports(
             looked = time.monotonic()
             told, _ = daemons[1].communicate(timeout=120)
             assert daemons[1].returncode == 3, told
-            assert time.monotonic() - looked < lease_s, "it has to find out within the lease's time"
+            assert time.monotonic() - looked < lease_s, told
             assert "another writer is alive" in told and "Traceback" not in told
             runs = {json.loads(store.read(k, 1 << 20))["run_id"] for k in store.list() if k.endswith("/manifest.json")}
             assert len(runs) == 1, "only the first one may have published"
@@ -228,24 +228,24 @@ def test_an_error_while_building_leaves_nothing_and_the_next_goes_out(tmp_path: 
     published = tmp_path / "published"
     with Exporter(tmp_path / "run", str(published)) as exporter:
         assert exporter.run(step=1) == 0, exporter.told
-        step, call, harmed = 1, 0, True
-        while harmed:
-            call += 1 if FULL else 3
+        good, step, harmed = 1, 1, 0
+        for call in range(1, 40) if FULL else (1, 3, 8, 14, 20):
             number = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)[call % 4]
             step += 1
             assert exporter.run(step=step, build_fault={"call": call, "errno": number}) == 0, exporter.told
             now = json.loads((published / "latest.json").read_bytes())["step"]
-            harmed = now != step
-            if harmed:
-                assert now == last_good if step > 2 else 1
+            assert now in (good, step)
+            if now != step:
                 assert "not built" in str(exporter.told), exporter.told
                 assert not [p for p in (tmp_path / "run/spool").iterdir() if not p.name.startswith(".")]
+                harmed += 1
                 injected(35, f"call {call}: {errno.errorcode[number]}")
                 step += 1
                 assert exporter.run(step=step) == 0, exporter.told
                 assert json.loads((published / "latest.json").read_bytes())["step"] == step
-            last_good = step
-        assert call > 10
+            good = step
+        # The calls after the last of a build harm nothing; those of the lease's thread count along.
+        assert harmed >= (10 if FULL else 3)
 
 
 @pytest.mark.fault(37)
