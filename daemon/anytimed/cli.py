@@ -148,11 +148,17 @@ def pull(
         str | None, typer.Option(help="A certain checkpoint, as `anytimed list` names it, or best.")
     ] = None,
 ) -> None:
-    """Fetch the newest checkpoint, verified, and switch `DIR/current` to it."""
+    """Fetch the newest checkpoint, verified, and switch `DIR/current` to it. A pull that was cut is gone on with."""
     from anytimed.storage.pull import pull as fetch
 
-    with _progress("pulling") as progress:
-        pulled = fetch(url, to, checkpoint=checkpoint, progress=progress)
+    try:
+        with _pulling() as progress:
+            pulled = fetch(url, to, checkpoint=checkpoint, progress=progress)
+    except KeyboardInterrupt:
+        err.print(
+            f"Stopped. The next pull into {to} goes on from there.", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(130) from None
     manifest = pulled.manifest
     _say(f"{manifest.id}: step {manifest.step:,}, {manifest.tokens:,} tokens")
     _say(f"{to / 'current'}")
@@ -250,6 +256,24 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
 
         yield show
+
+
+@contextmanager
+def _pulling() -> Iterator[Callable[[int, int], None]]:
+    """The bar of a pull; where an earlier one had left something, a line says so."""
+    from anytimed.service.console import size
+
+    with _progress("pulling") as show:
+        begun = False
+
+        def tell(done: int, total: int) -> None:
+            nonlocal begun
+            if done > 0 and not begun:
+                err.print(f"resumed at {size(done)} of {size(total)}", highlight=False, soft_wrap=True)
+            begun = True
+            show(done, total)
+
+        yield tell
 
 
 def _say(text: str) -> None:

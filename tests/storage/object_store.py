@@ -2,7 +2,8 @@
 honoured.
 
 What goes wrong at real ones is switched on by storage options: `ignore_conditions` (answers 200 to a create-only put
-over an existing object), `lose_answers` (does what was asked, then breaks the connection), `hang` (never answers).
+over an existing object), `lose_answers` (does what was asked, then breaks the connection), `hang` (never answers),
+`no_ranges` (sends whole objects).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class ObjectStore(AsyncFileSystem):  # type: ignore[misc]  # fsspec has no types
         path = await self._arrive("cat_file", path)
         if path not in self.objects:
             raise FileNotFoundError(path)
-        return self.objects[path][start:end]
+        return self.objects[path] if self.options.get("no_ranges") else self.objects[path][start:end]
 
     async def _pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         path = await self._arrive("pipe_file", path)

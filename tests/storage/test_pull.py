@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +23,7 @@ from anytimed.storage.exports import Publisher, SpoolItem
 from anytimed.storage.manifest import CheckpointId, NewerFormat
 from anytimed.storage.pull import latest, list_checkpoints, pull
 from anytimed.storage.store import MissingKey
+from anytimed.storage.target import exchange
 from tests.storage.material import Site, content, flip, tensor, tree
 
 
@@ -47,7 +51,12 @@ def current(to: Path) -> str:
 
 def clean(to: Path) -> bool:
     """Nothing half done is left."""
-    return not [p for p in to.rglob("*") if p.name.startswith(".tmp")]
+    return not left(to)
+
+
+def left(to: Path) -> list[Path]:
+    """What is half done."""
+    return [p for p in to.rglob(".*") if p.name != ".lock"]
 
 
 def test_the_newest_comes_whole_and_current_leads_to_it(site: Site, to: Path) -> None:
@@ -276,11 +285,12 @@ def test_many_pulls_at_once(site: Site, to: Path) -> None:
     assert [p.name for p in (to / "versions").iterdir()] == [item.id] and current(to) == item.id
 
 
-def test_what_a_killed_pull_left_is_removed_by_the_next(site: Site, to: Path) -> None:
+def test_what_killed_pulls_left_of_others_is_removed_by_the_next(site: Site, to: Path) -> None:
     site.publish(1)
-    left = to / "versions" / ".tmp-00001-000001-0000000001-abcd"
-    left.mkdir(parents=True)
-    (left / "model.safetensors").write_bytes(b"half")
+    for name in (".tmp-00001-000001-0000000001-abcd", ".partial-00009-000001-0000000001-0123456789abcdef.0"):
+        (to / "versions" / name).mkdir(parents=True)
+        (to / "versions" / name / "model.safetensors").write_bytes(b"half")
+    (to / "versions" / ".partial-file").write_bytes(b"")
     (to / ".tmp-current").symlink_to("versions/none")
     pull(site.url, to)
     assert clean(to)
@@ -323,6 +333,166 @@ def test_a_full_disk_is_said_and_leaves_what_was(site: Site, to: Path, monkeypat
             with pytest.raises(AnytimedError, match=r"bytes free|No space left") as caught:
                 pull(site.url, to)
         assert not isinstance(caught.value, CorruptError) and current(to) == first.id and clean(to)
+
+
+# --- cut, and gone on with --------------------------------------------------------------------------------------------
+
+
+class Cut(BaseException):
+    """As a SIGINT: nothing catches it."""
+
+
+def cut_at(n: int) -> Any:
+    """A progress callback that ends the pull at its n-th call, from 0."""
+    calls: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) > n:
+            raise Cut
+
+    return progress
+
+
+@pytest.fixture
+def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anytimed.storage.ranges.RANGE_BYTES", 100)
+
+
+@pytest.mark.usefixtures("small_ranges")
+def test_a_pull_cut_anywhere_goes_on_from_there(site: Site, to: Path) -> None:
+    old = site.publish(1)
+    pull(site.url, to)
+    item = site.spool.build(content(2))
+    site.publisher.publish(item)
+    chunks: list[int] = []
+    pull(site.url, to.with_name("whole"), progress=lambda done, total: chunks.append(done))
+    assert len(chunks) > 10 and chunks[0] == 0
+    for n, had in enumerate(chunks):
+        with pytest.raises(Cut):
+            pull(site.url, to, progress=cut_at(n))
+        assert current(to) == old.id and len(left(to)) == (had > 0)
+        told: list[int] = []
+        with pytest.raises(Cut):
+            pull(site.url, to, progress=lambda done, total, told=told: (told.append(done), cut_at(0)(done, total)))  # type: ignore[misc, arg-type]
+        assert told == [had]
+        shutil.rmtree(to / "versions" / left(to)[0].name) if had else None
+    for n in range(1, len(chunks)):  # the same folder, further each time: one range a pull
+        with pytest.raises(Cut):
+            pull(site.url, to, progress=cut_at(1))
+        assert sum(p.stat().st_size for p in left(to)[0].iterdir()) == chunks[n]
+    assert pull(site.url, to).manifest == item.manifest and tree(to / "current") == tree(item.path) and clean(to)
+
+
+@pytest.mark.usefixtures("small_ranges")
+def test_only_the_damaged_file_of_what_was_left_is_fetched_anew(site: Site, to: Path) -> None:
+    item = site.publish(1)
+    total = item.manifest.total_bytes
+
+    def at_the_end(done: int, total: int) -> None:
+        if done == total:
+            raise Cut
+
+    for entry in item.manifest.files:
+        with pytest.raises(Cut):
+            pull(site.url, to, progress=at_the_end)
+        flip(left(to)[0] / entry.name, entry.size // 2)
+        told: list[int] = []
+        pulled = pull(site.url, to, progress=lambda done, total, told=told: told.append(done))  # type: ignore[misc]
+        assert (pulled.manifest, pulled.fell_back) == (item.manifest, False) and clean(to)
+        assert told[:2] == [total, total - entry.size] and told[-1] == total
+        shutil.rmtree(to)
+
+
+@pytest.mark.usefixtures("small_ranges")
+def test_what_is_left_belongs_to_one_manifest(tmp_path: Path, to: Path) -> None:
+    ours, theirs = Site(tmp_path / "a", str(tmp_path / "pa")), Site(tmp_path / "b", str(tmp_path / "pb"))
+    ours.publish(1)
+    item = theirs.publish(1)  # the same id, the same bytes but for the manifest
+    with pytest.raises(Cut):
+        pull(ours.url, to, progress=cut_at(3))
+    (folder,) = left(to)
+    told: list[int] = []
+    assert pull(theirs.url, to, progress=lambda done, total: told.append(done)).manifest == item.manifest
+    assert told[0] == 0 and not folder.exists()
+
+
+@pytest.mark.usefixtures("small_ranges")
+def test_what_nobody_holds_goes_what_somebody_holds_stays(site: Site, to: Path) -> None:
+    first = site.publish(1)
+    with pytest.raises(Cut):
+        pull(site.url, to, progress=cut_at(3))
+    (folder,) = left(to)
+    site.publish(2)
+
+    def another(done: int, total: int) -> None:
+        if done == total:
+            assert folder.exists()  # held by the pull around this one
+            pull(site.url, to)
+            assert folder.exists()
+
+    assert pull(site.url, to, checkpoint=first.id, progress=another).manifest == first.manifest
+    assert clean(to)
+    with pytest.raises(Cut):
+        pull(site.url, to, checkpoint=site.publish(3).id, progress=cut_at(3))
+    assert len(left(to)) == 1
+    pull(site.url, to, checkpoint=first.id)
+    assert clean(to)
+
+
+@pytest.mark.usefixtures("small_ranges")
+def test_free_space_is_asked_for_what_is_missing(site: Site, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = site.publish(1)
+    with pytest.raises(Cut):
+        pull(site.url, to, progress=cut_at(4))
+    had = sum(p.stat().st_size for p in left(to)[0].iterdir())
+    missing = item.manifest.total_bytes - had
+    free = [missing - 1]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
+    with pytest.raises(AnytimedError, match=f"{missing - 1} bytes free, {missing} of .* are missing"):
+        pull(site.url, to)
+    assert sum(p.stat().st_size for p in left(to)[0].iterdir()) == had  # kept
+    free[0] = missing
+    assert pull(site.url, to).manifest == item.manifest
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+@pytest.mark.usefixtures("small_ranges")
+def test_after_a_failure_of_the_disk_nothing_is_gone_on_with(
+    site: Site, to: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    item = site.publish(1)
+    with pytest.raises(Cut):
+        pull(site.url, to, progress=cut_at(3))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(AnytimedError, match=os.strerror(number)):
+            pull(site.url, to)
+    assert clean(to)
+    assert pull(site.url, to).manifest == item.manifest
+
+
+def test_a_damaged_copy_gives_way_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for native in (True, False):
+        one.mkdir()
+        (one / "new").touch()
+        other.mkdir()
+        (other / "old").touch()
+        with monkeypatch.context() as patch:
+            if native:
+                patch.setattr(Path, "rename", None)  # not needed
+            else:
+                patch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+            exchange(one, other)
+        assert (one / "old").exists() and (other / "new").exists()
+        for path in (one, other):
+            shutil.rmtree(path)
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

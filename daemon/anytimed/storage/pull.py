@@ -1,9 +1,9 @@
 """The reader's side: take the newest checkpoint, verified, from wherever it is published.
 
 `pull` asks latest.json, else the manifests that are there, which checkpoint is the newest; checks the manifest as a
-stranger's; and has `target` bring it into place. A checkpoint that is retired meanwhile: latest.json is read again.
-Wrong bytes: once more, then the previous good one, and the answer says so. What is in place is never exchanged for
-something older unless that was asked for. Needs no torch.
+stranger's; and has `target` bring it into place, from where an earlier pull of it was cut off. A checkpoint that is
+retired meanwhile: latest.json is read again. Wrong bytes: once more, then the previous good one, and the answer says
+so. What is in place is never exchanged for something older unless that was asked for. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any
 from anytimed.contracts import ConfigError, CorruptError, Refused
 
 from .manifest import CHECKPOINTS, MANIFEST_BYTES, MANIFEST_NAME, POINTER_BYTES, CheckpointId, Manifest, Pointer
+from .partial import Progress
+from .ranges import Budget
 from .store import MissingKey, Store
-from .target import Progress, Target
+from .target import Target
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +78,14 @@ def pull(
 ) -> Pulled:
     """Bring a checkpoint into the folder `to` and point `to`/current at it.
 
-    `checkpoint`: an id, or "best" for the best held-out loss; None for the newest. `progress(done, total)` in bytes.
+    `checkpoint`: an id, or "best" for the best held-out loss; None for the newest. `progress(done, total)` in bytes,
+    told first what an earlier pull had left: whatever ends a pull, the next one of that checkpoint goes on from there.
     `max_bytes`: refuse what is larger. Already there and whole: nothing is downloaded. Raises MissingKey where
     nothing is published, CorruptError where no good checkpoint is to be had, Refused where `to` holds a newer one of
     another run, NewerFormat, ConfigError on a bad id, AnytimedError on a local failure such as a full disk,
     StoreError.
     """
-    store, target = Store(url, storage_options), Target(Path(to))
+    store, target, budget = Store(url, storage_options), Target(Path(to)), Budget()
     bad: dict[str, str] = {}
     gone: set[str] = set()
     tried: dict[str, int] = {}
@@ -112,10 +115,11 @@ def pull(
         if standing is not None and _keeps(target, standing, manifest, store.url, fell_back):
             return Pulled(target.version(standing), standing, fell_back)
         try:
-            path = target.take(store, manifest, data, asked=checkpoint is not None, progress=progress)
+            path = target.take(store, manifest, data, asked=checkpoint is not None, budget=budget, progress=progress)
         except (MissingKey, CorruptError) as error:
             if _again(tried, ident, error):
                 continue
+            target.tidy()
             if checkpoint is not None:
                 raise
             bad[ident] = str(error)

@@ -9,6 +9,7 @@ Errors name URL and key and never carry a password, a key or a token.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import fcntl
@@ -19,6 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ from anytimed.contracts import AnytimedError, ConfigError, CorruptError
 
 from . import s3
 from .durable import CHUNK_BYTES, beside, fsync_folder, make_folders, write_durably, write_new
-from .patience import patiently
+from .patience import passes, patiently
+from .web import WholeObject, is_web, read_range, whole
 
 __all__ = ["MissingKey", "Store", "StoreError", "check_key", "fsync_folder", "write_durably"]
 
@@ -52,6 +55,22 @@ class StoreError(AnytimedError):
 
 class MissingKey(StoreError):
     """There is nothing under that key."""
+
+
+class PassingError(StoreError):
+    """A failure that may pass: a broken connection, no answer in time, 500, 503, SlowDown."""
+
+
+class NoRanges(StoreError):
+    """A part of an object was asked for, and the store sends the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A range that was asked for: `result` waits for its bytes, `cancel` gives it up."""
+
+    result: Callable[[], bytes]
+    cancel: Callable[[], object] = lambda: None
 
 
 def check_key(key: str) -> str:
@@ -224,7 +243,18 @@ class Store:
         return False
 
     def download(self, key: str, size: int) -> Iterator[bytes]:
-        """The first `size` bytes of an object in chunks; fewer where the object is shorter. Raises as `read`."""
+        """The first `size` bytes of an object in chunks, one after the other; fewer where the object is shorter.
+
+        A web server is asked once, for the whole. Raises as `read`.
+        """
+        if size > 0 and is_web(self._fs):
+            with self._names(key):
+                for chunk in whole(self._fs, self._at(key), self._deadline_s):
+                    yield chunk[:size]
+                    size -= len(chunk)
+                    if size <= 0:
+                        return
+            return
         if self._local is not None:
             with self._names(key), self._path(key).open("rb") as file:
                 while size > 0 and (chunk := file.read(min(CHUNK_BYTES, size))):
@@ -236,13 +266,33 @@ class Store:
             end = min(at + _DOWNLOAD_BYTES, size)
             with self._names(key):
                 chunk = self._call("cat_file", self._at(key), start=at, end=end, transfer_bytes=end - at)
-            if at == 0 and len(chunk) > end:  # a web server that knows no ranges answers with everything
+            if at == 0 and len(chunk) > end:  # a store that knows no ranges answers with everything
                 yield chunk[:size]
                 return
             yield chunk
             at += len(chunk)
             if len(chunk) < end - at + len(chunk):
                 return
+
+    def begin_range(self, key: str, start: int, end: int) -> Answer:
+        """Ask for the bytes `start` up to `end` > `start` of an object; the answer's `result` is waited for.
+
+        It has fewer bytes where the object is shorter. It raises MissingKey, NoRanges where the store sends the whole
+        object, PassingError where trying again may help, StoreError. Only a store that fsspec drives asynchronously is
+        asked at once; any other, when `result` is called. One attempt each.
+        """
+        if self._local is not None:
+            return Answer(lambda: self._range(key, start, end, lambda: self._read_local(key, start, end)))
+        if not isinstance(self._fs, AsyncFileSystem):
+            ask = functools.partial(self._fs.cat_file, self._at(key), start=start, end=end)
+            return Answer(lambda: self._range(key, start, end, ask))
+        if is_web(self._fs):
+            reading = read_range(self._fs, self._at(key), start, end)
+        else:
+            reading = self._fs._cat_file(self._at(key), start=start, end=end)
+        deadline_s = self._deadline_s + (end - start) / _SLOWEST_BYTES_PER_S
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(reading, deadline_s), self._fs.loop)
+        return Answer(lambda: self._range(key, start, end, future.result), future.cancel)
 
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all objects under a prefix that ends at a part's end, sorted; names that are no keys are left out."""
@@ -305,6 +355,41 @@ class Store:
         return len(old)
 
     # --- within ---
+
+    def _range(self, key: str, start: int, end: int, get: Callable[[], bytes]) -> bytes:
+        """What `get` answers for a range, its failures sorted by whether trying again may help."""
+        may_pass = False
+        try:
+            with self._names(key):
+                try:
+                    data = get()
+                except WholeObject:
+                    raise NoRanges(f"{self.url}/{key}: the server sends whole objects only") from None
+                except OSError as error:
+                    may_pass = passes(error)
+                    raise
+                except AnytimedError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - as in _call
+                    may_pass = passes(error)
+                    raise OSError(f"{type(error).__name__}: {error}") from None
+        except MissingKey:
+            raise
+        except StoreError as error:
+            if may_pass:
+                raise PassingError(str(error)) from None
+            # Many stores answer a range that begins behind the end with an error.
+            if start > 0 and not isinstance(error, NoRanges) and self.size(key) <= start:
+                return b""
+            raise
+        if len(data) > end - start:
+            raise NoRanges(f"{self.url}/{key}: {len(data)} bytes for the {end - start} asked for")
+        return data
+
+    def _read_local(self, key: str, start: int, end: int) -> bytes:
+        with self._path(key).open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(end - start)
 
     def _holds(self, key: str, data: bytes) -> bool:
         try:

@@ -1,29 +1,30 @@
 """A consumer's folder: versions/<id>, and the symlink `current` that names one of them.
 
-A checkpoint is downloaded into a folder of its own beside the versions, digested while it is written, fsynced,
-renamed into its place, and `current` is flipped in one step; so it always names a whole, verified checkpoint,
-whatever is killed in between. A lock is held for the moments that change what is in place, never during a download.
+A checkpoint is downloaded into a hidden folder beside the versions (`partial`), renamed into its place once it is
+whole and durable, and `current` is flipped in one step; so it always names a whole, verified checkpoint, whatever is
+killed in between. A lock is held for the moments that change what is in place, never during a download.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
-import hashlib
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from anytimed.contracts import AnytimedError, ConfigError, CorruptError
 
-from .durable import digest_of, fsync_folder, make_folders, write_all, write_new
-from .manifest import CHECKPOINTS, MANIFEST_NAME, FileEntry, Manifest
+from .durable import digest_of, fsync_folder, make_folders
+from .manifest import MANIFEST_NAME, Manifest
+from .partial import Partial, Progress, claim, sweep
+from .ranges import Budget
 from .store import Store
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class Target:
@@ -49,29 +50,39 @@ class Target:
         path = self.version(manifest)
         try:
             return all(
-                (path / f.name).stat().st_size == f.size and digest_of(path / f.name)[1] == f.sha256
+                stat.S_ISREG((path / f.name).lstat().st_mode) and digest_of(path / f.name) == (f.size, f.sha256)
                 for f in manifest.files
             )
         except OSError:
             return False
 
-    def take(self, store: Store, manifest: Manifest, data: bytes, *, asked: bool, progress: Progress | None) -> Path:
+    def take(
+        self,
+        store: Store,
+        manifest: Manifest,
+        data: bytes,
+        *,
+        asked: bool,
+        budget: Budget,
+        progress: Progress | None,
+    ) -> Path:
         """Bring a published checkpoint into place, if it is not there already, and flip `current`; its path.
 
         `data`: the manifest's bytes. `asked`: flip back to an older one too. Raises MissingKey where it is gone,
-        CorruptError where its bytes are wrong, AnytimedError on a local failure, StoreError.
+        CorruptError where its bytes are wrong, AnytimedError on a local failure, StoreError. What had arrived then is
+        kept for the next try, unless the disk failed.
         """
         path = self.version(manifest)
         try:
             if not self._has(manifest, data):
-                with self._attempt(manifest.id) as attempt:
-                    self._check_space(manifest)
-                    _download(store, manifest, attempt, progress)
-                    write_new(attempt / MANIFEST_NAME, data)
-                    fsync_folder(attempt)
-                    self._install(attempt, manifest, data)
+                with self._partial(manifest, data) as partial:
+                    self._check_space(manifest, partial.have_bytes)
+                    partial.fill(store, budget, progress)
+                    partial.seal(data)
+                    self._install(partial.path, manifest, data)
             with self._locked():
                 self._flip(manifest, asked)
+            self.tidy()
         except OSError as error:
             raise AnytimedError(
                 f"{self.path}: {manifest.id} not put in place: {error.strerror or error} ({error.filename or path}); "
@@ -79,36 +90,52 @@ class Target:
             ) from error
         return path
 
+    def tidy(self) -> None:
+        """Remove what has arrived of checkpoints that no running pull brings."""
+        with self._locked():
+            sweep(self._versions)
+
     # --- within ---
 
     def _has(self, manifest: Manifest, data: bytes) -> bool:
+        path = self.version(manifest)
         try:
-            return (self.version(manifest) / MANIFEST_NAME).read_bytes() == data and self.whole(manifest)
-        except FileNotFoundError:
+            return not path.is_symlink() and (path / MANIFEST_NAME).read_bytes() == data and self.whole(manifest)
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def _check_space(self, manifest: Manifest) -> None:
-        free = shutil.disk_usage(self._versions).free
-        if free < manifest.total_bytes:
+    def _check_space(self, manifest: Manifest, have_bytes: int) -> None:
+        free, missing = shutil.disk_usage(self._versions).free, manifest.total_bytes - have_bytes
+        if free < missing:
             raise AnytimedError(
-                f"{self.path}: {free} bytes free, {manifest.id} has {manifest.total_bytes}; free some space. "
+                f"{self.path}: {free} bytes free, {missing} of {manifest.id} are missing; free some space. "
                 "What was there before still is"
             )
 
-    def _install(self, attempt: Path, manifest: Manifest, data: bytes) -> None:
+    @contextlib.contextmanager
+    def _partial(self, manifest: Manifest, data: bytes) -> Iterator[Partial]:
+        with self._locked():
+            partial = claim(self._versions, manifest, data)
+        try:
+            yield partial
+        except OSError:
+            # A full disk gets its space back; and after a failed fsync what can be read is not what is stored.
+            shutil.rmtree(partial.path, ignore_errors=True)
+            raise
+        finally:
+            with self._locked():
+                partial.close()
+
+    def _install(self, partial: Path, manifest: Manifest, data: bytes) -> None:
         path = self.version(manifest)
         with self._locked():
             if self._has(manifest, data):  # another pull was quicker
+                shutil.rmtree(partial, ignore_errors=True)
                 return
-            if (
-                path.exists()
-            ):  # damaged, or another run's of the same id: only here is `current` without a goal for a moment
-                aside = self._versions / f".tmp-old-{secrets.token_hex(4)}"
-                path.rename(aside)
-                attempt.rename(path)
-                shutil.rmtree(aside, ignore_errors=True)
+            if os.path.lexists(path):  # damaged, or another run's of the same id: what stood there is swept
+                exchange(partial, path)
             else:
-                attempt.rename(path)
+                partial.rename(path)
             fsync_folder(self._versions)
 
     def _flip(self, manifest: Manifest, asked: bool) -> None:
@@ -128,69 +155,21 @@ class Target:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         make_folders(self._versions)
-        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
         finally:
             os.close(file)
 
-    @contextlib.contextmanager
-    def _attempt(self, ident: str) -> Iterator[Path]:
-        """A folder of our own to download into, locked while we live. Folders of killed pulls are removed."""
-        with self._locked():
-            for leftover in self._versions.glob(".tmp-*"):
-                _remove_unless_locked(leftover)
-            folder = self._versions / f".tmp-{ident}-{secrets.token_hex(4)}"
-            folder.mkdir()
-            mine = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(mine, fcntl.LOCK_EX)
-        try:
-            yield folder
-        finally:
-            os.close(mine)
-            shutil.rmtree(folder, ignore_errors=True)
 
-
-def _remove_unless_locked(path: Path) -> None:
-    try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
+def exchange(a: Path, b: Path) -> None:
+    """Let two names change places in one step, so that neither is ever without a goal. Raises OSError."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        pass  # a pull that runs now
-    finally:
-        os.close(folder)
-
-
-def _download(store: Store, manifest: Manifest, folder: Path, progress: Progress | None) -> None:
-    done, total = 0, manifest.total_bytes
-    for entry in manifest.files:
-        for count in _fetch(store, f"{CHECKPOINTS}/{manifest.id}/{entry.name}", entry, folder / entry.name):
-            done += count
-            if progress is not None:
-                progress(done, total)
-
-
-def _fetch(store: Store, key: str, entry: FileEntry, path: Path) -> Iterator[int]:
-    """Download one file, fsynced; bytes as they arrive. Raises CorruptError where size or digest are not as told."""
-    digest = hashlib.sha256()
-    size = 0
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for chunk in store.download(key, entry.size):
-            digest.update(chunk)
-            write_all(file, memoryview(chunk))
-            size += len(chunk)
-            yield len(chunk)
-        if (size, digest.hexdigest()) != (entry.size, entry.sha256):
-            raise CorruptError(
-                f"{store.url}/{key}: {size} bytes with SHA-256 {digest.hexdigest()}, "
-                f"the manifest says {entry.size} bytes with {entry.sha256}"
-            )
-        os.fsync(file)
-    finally:
-        os.close(file)
+    # No such call, or a file system that does not know it: for a moment there is nothing at `b`.
+    aside = b.with_name(f".tmp-{b.name}")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)
