@@ -43,6 +43,16 @@ class Journal:
             os.close(self._file)
             raise
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that are durable: whole lines, and what stands there never changes."""
+        with self._lock:
+            return self._size
+
     def append(self, scope: str, entry: Json) -> None:
         """Durable when this returns. Raises AnytimedError where it cannot be made so; the entry then does not count."""
         # What is kept is what a later reader gets back: JSON turns tuples into lists and keys into texts.
