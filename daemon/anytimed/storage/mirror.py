@@ -171,7 +171,13 @@ class Mirror:
         return datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds")
 
     def _check_fence(self) -> None:
-        """Raises TermTaken where a higher term was claimed or has sent anything."""
+        """Raises TermTaken where a higher term was claimed or has sent anything, or ours was overwritten."""
+        nonce = self._nonce_of(self._run.term)
+        if nonce is None:
+            self._claimed = 0
+            raise StoreError(f"{self.url}/{term_key(self._run.term)}: our claim is gone; it is made anew")
+        if nonce != self._nonce:
+            raise TermTaken(self._told(self._run.term))
         seen = [*known_terms(self._store), *(ident.term for ident in commit_folders(self._store))]
         if max(seen, default=0) > self._run.term:
             raise TermTaken(self._told(max(seen)))

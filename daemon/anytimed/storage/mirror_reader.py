@@ -95,8 +95,16 @@ def known_terms(store: Store) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def fetch_commit(store: Store, manifest: MirrorManifest, commits: Commits, progress: Progress | None = None) -> Commit:
-    """Bring a mirrored commit into the run directory. Raises CorruptError where its bytes are not what the manifests
+def fetch_commit(
+    store: Store,
+    manifest: MirrorManifest,
+    commits: Commits,
+    progress: Progress | None = None,
+    *,
+    before: Callable[[], None] = lambda: None,
+) -> Commit:
+    """Bring a mirrored commit into the run directory. `before` is called when every file is there and verified, right
+    before the commit is put in its place. Raises CorruptError where its bytes are not what the manifests
     say, MissingKey where it was retired meanwhile, CommitFailed on a local failure, StoreError."""
     own = {entry.name: entry for entry in manifest.files}
     entry, key = own[COMMIT_MANIFEST], manifest.key(COMMIT_MANIFEST)
@@ -121,6 +129,7 @@ def fetch_commit(store: Store, manifest: MirrorManifest, commits: Commits, progr
                 done += count
                 if progress is not None:
                     progress(done, total)
+        before()
 
     return commits.adopt(inner, data, fill)
 
