@@ -1,8 +1,8 @@
 """The command line: the only module that sees everything.
 
-Commands that read (`status`, `list`, `pull`, `verify`) import no torch. A failure that a person can act on is one message on
-standard error and the exit code of its kind: 1 failure, 2 bad usage or config, 3 refused, 4 pulled an older checkpoint
-than the newest."""
+Commands that read (`status`, `list`, `pull`, `verify`) import no torch. A failure that a person can act on is one
+message on standard error and the exit code of its kind: 1 failure, 2 bad usage or config, 3 refused, 4 pulled an older
+checkpoint than the newest."""
 
 from __future__ import annotations
 
@@ -195,12 +195,11 @@ def verify(
         told = {"good": not problems, "checked": [one.to_json() for one in checked]}
         sys.stdout.write(json.dumps(told) + "\n")
     else:
-        table = Table("", "what", "where", "size", box=None, padding=(0, 2, 0, 0))
+        table = Table("", "what", "size", box=None, padding=(0, 2, 0, 0))
+        table.add_column("where", overflow="fold")
         for one in checked:
-            where_and_note = f"{one.where}\n{one.note}" if one.note else one.where
-            table.add_row(
-                "[red]no[/]" if one.problems else "[green]ok[/]", one.what, _plain(where_and_note), size(one.size)
-            )
+            told_where = _plain(f"{one.where}\n{one.note}" if one.note else one.where)
+            table.add_row("[red]no[/]" if one.problems else "[green]ok[/]", one.what, size(one.size), told_where)
         out.print(table)
         for problem in problems:
             _say(f"{problem.path}: expected {problem.expected}, found {problem.found}")
@@ -282,7 +281,8 @@ def _verified(where: str, progress: Callable[[int, int], None]) -> Iterator[Any]
     kind = kind_of(store)
     if not kind:
         raise ConfigError(
-            f"{store.url}: nothing to verify; expected a run directory, its configuration, a published prefix or a mirror"
+            f"{store.url}: nothing to verify; expected a run directory, its configuration, a published prefix, or a "
+            "mirror"
         )
     yield from (verify_mirror if kind == "mirror" else verify_published)(store, progress)
 
