@@ -60,6 +60,7 @@ class Commits:
         self._pins = threading.Lock()
         self._pinned: set[Path] = set()
         self._abandoned: set[Path] = set()
+        self._rotten: dict[Path, Rejected] = {}
         self._parent: int | None = None
         self.rejected: list[Rejected] = []
         # Damaged ones count as well: a name in quarantine must not come a second time.
@@ -138,7 +139,8 @@ class Commits:
             self._verified.discard(commit.manifest.order)
             commit.verify(from_disk=True)
         except Damaged as error:
-            return Rejected(path, f"{error.path.name}: {error.expected}", error.found)
+            self._rotten[path] = Rejected(path, f"{error.path.name}: {error.expected}", error.found)
+            return self._rotten[path]
         self._verified.add(commit.manifest.order)
         return None
 
@@ -173,6 +175,8 @@ class Commits:
         A commit of an earlier process is read and checked once before it counts; a damaged one goes to quarantine.
         """
         readable, damaged = self._read_all()
+        damaged += [self._rotten[c.path] for c in readable if c.path in self._rotten]
+        readable = [c for c in readable if c.path not in self._rotten]
         good: list[Commit] = []
         for commit in readable:
             if len(good) == keep:
@@ -186,6 +190,7 @@ class Commits:
                 damaged.append(Rejected(commit.path, f"{error.path.name}: {error.expected}", error.found))
         if good:
             self.rejected += [self._quarantine(r) for r in damaged]
+            self._rotten.clear()
         going = set(superseded([c.manifest.order for c in readable], {c.manifest.order for c in good}, keep))
         for commit in (c for c in readable if c.manifest.order in going):
             try:
