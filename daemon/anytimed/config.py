@@ -178,6 +178,24 @@ class ExportsTable(Schedule):
         default=3600.0, ge=0, description="data outlives its manifest by this: the longest pull"
     )
     drain_s: float = Field(default=60.0, ge=0, description="how long a stop waits for uploads")
+    deadline_s: Seconds = Field(
+        default=60.0,
+        description="budget of one operation on the store, retries included; a transfer gets 1 s a MiB more",
+    )
+    lease_s: float = Field(
+        default=60.0, ge=1, le=86_400, description="another writer takes the prefix over after this long without a sign"
+    )
+    require_conditions: bool = Field(
+        default=False, description="refuse a store that does not enforce If-None-Match and If-Match"
+    )
+    verify_uploads: bool = Field(
+        default=True, description="read every uploaded file back and compare it before a manifest names it"
+    )
+    gate_margin_nats: float = Field(
+        default=0.5,
+        ge=0,
+        description="an x worse than the published one by more, per token of the hold-out, is kept aside; inf: none",
+    )
     model_license: str | None = Field(default=None, description="license named in the model card")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from anytimed.config import CommitsTable
 from anytimed.contracts import AnytimedError, Refused
+from anytimed.service import origin
 from anytimed.service.origin import Origin, Sources
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.mirror import Mirror, TermTaken
@@ -56,6 +57,11 @@ class Machine:
         if mirrored and self.origin.mirror is not None:
             self.origin.mirror.push(made, journal)
         return made
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(origin, "START_S", 0.2)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from rich.console import Console
 from anytimed.config import Schedule
 from anytimed.contracts import ConfigError, HostTensor, Refused
 from anytimed.service.console import _JournalFormatter, ago, size, table
+from anytimed.service.keeper import Keeper
 from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.requests import Commit, Crashed, Export, Mailbox, Published, Reload, Request, Stop
@@ -127,8 +128,15 @@ class Box:
         self.outbox = self.fresh()
 
     def fresh(self) -> Outbox:
-        spool, publisher = Spool(self.run), Publisher(Store(str(self.store)))
-        return Outbox(spool, publisher, self.posted.append, str(self.store), None)
+        store = Store(str(self.store))
+        self.keeper = Keeper(store, self.run.run_id, self.run.term, self.posted.append, ttl_s=1.0, require=False)
+        outbox = Outbox(Spool(self.run), Publisher(store), self.keeper, self.posted.append, str(self.store), None)
+        self.keeper.on_held = outbox.wake
+        return outbox
+
+    def start(self) -> None:
+        self.keeper.start()
+        self.outbox.start()
 
     def wait(self, told: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 20
@@ -145,6 +153,7 @@ def box(tmp_path: Path) -> Any:
     made = Box(tmp_path)
     yield made
     made.outbox.close()
+    made.keeper.close()
     made.run.release()
 
 
@@ -164,7 +173,7 @@ def content(step: int, value: float = 1.0) -> ExportContent:
 
 
 def test_the_outbox_publishes_answers_and_names_the_parent(box: Box) -> None:
-    box.outbox.start()
+    box.start()
     reply: Future[dict[str, Any]] = Future()
     box.outbox.submit(lambda: content(1), reply)
     first = reply.result(20)
@@ -187,7 +196,7 @@ def test_what_was_not_begun_gives_way_and_gets_the_answer_of_the_newer(box: Box)
         go.wait(20)
         return content(1)
 
-    box.outbox.start()
+    box.start()
     box.outbox.submit(slow)
     assert begun.wait(20)
     replies: list[Future[dict[str, Any]]] = [Future(), Future()]
@@ -202,23 +211,24 @@ def test_what_was_not_begun_gives_way_and_gets_the_answer_of_the_newer(box: Box)
 def test_a_store_that_fails_is_tried_again_and_an_older_run_s_spool_is_sent(box: Box) -> None:
     box.store.write_text("in the way")
     reply: Future[dict[str, Any]] = Future()
-    box.outbox.start()
+    box.start()
     box.outbox.submit(lambda: content(1), reply)
     with pytest.raises(StoreError):
         reply.result(20)
     assert not box.outbox.idle
     box.wait(lambda: any(isinstance(p, Published) and p.error for p in box.posted))
     box.outbox.close()
+    box.keeper.close()
     box.store.unlink()
     box.outbox = box.fresh()
     assert not box.outbox.idle
-    box.outbox.start()
+    box.start()
     box.wait(lambda: box.outbox.idle)
     assert box.published() == [1]
 
 
 def test_an_x_that_is_not_finite_is_refused_and_the_next_one_goes_out(box: Box) -> None:
-    box.outbox.start()
+    box.start()
     box.outbox.submit(lambda: content(1, float("inf")))
     box.wait(lambda: any(isinstance(p, Published) and "not finite" in (p.error or "") for p in box.posted))
     box.outbox.submit(lambda: content(2))
@@ -226,7 +236,7 @@ def test_an_x_that_is_not_finite_is_refused_and_the_next_one_goes_out(box: Box) 
 
 
 def test_another_writer_ends_the_run_and_an_unforeseen_error_is_raised_by_the_loop(box: Box) -> None:
-    box.outbox.start()
+    box.start()
     taken = box.store / "checkpoints" / "00001-000001-0000000001"
     taken.mkdir(parents=True)
     (taken / "manifest.json").write_text("{}")

@@ -89,7 +89,7 @@ class Site:
         self.run = acquired(folder / "run", clock=self.clock)
         self.spool = Spool(self.run, clock=self.clock)
         self.store = Store(url, self.options)
-        self.publisher = Publisher(self.store, clock=self.clock)
+        self.publisher = Publisher(self.store, clock=self.clock, monotonic=self.clock)
 
     def publish(self, step: int, **changes: Any) -> SpoolItem:
         item = self.spool.build(content(step, **changes))

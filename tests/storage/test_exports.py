@@ -16,7 +16,7 @@ from anytimed.storage.exports import ExportFailed, ExportRefused, Publisher, Spo
 from anytimed.storage.manifest import Manifest, Pointer
 from anytimed.storage.store import Store, StoreError
 from tests.storage import faults
-from tests.storage.material import Site, acquired, content, evaluation, flip, tensor, tree
+from tests.storage.material import Clock, Site, acquired, content, evaluation, flip, tensor, tree
 
 
 @pytest.fixture
@@ -181,7 +181,13 @@ def test_killed_before_any_request_readers_see_the_old_or_the_new(tmp_path: Path
 def test_the_manifest_comes_last_and_only_while_the_prefix_is_ours(site: Site) -> None:
     item = site.spool.build(content(1))
 
+    asked = 0
+
     def lost() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:  # before anything was sent; once more right before the commit point
+            return
         present = {key.rsplit("/")[-1] for key in site.store.list(f"checkpoints/{item.id}")}
         assert present == {f.name for f in item.manifest.files}
         raise Refused("another writer")
@@ -312,9 +318,28 @@ def test_manifests_go_first_and_data_after_the_grace(site: Site) -> None:
     assert site.publisher.retain(keep=2, grace_s=600) == []
     assert ids(site, "model.safetensors") == [1, 2, 3, 4, 5]
     site.clock.now_s += 1
-    Publisher(site.store, clock=site.clock).retain(keep=2, grace_s=600)  # a restart remembers
+    site.publisher.retain(keep=2, grace_s=600)
     assert ids(site, "model.safetensors") == ids(site, "manifest.json") == [1, 4, 5]
     assert not [k for k in site.store.list() if "retired" in k]
+
+
+def test_a_wall_clock_that_jumps_ends_no_pull(site: Site) -> None:
+    """The grace is counted by the writer's own clock since it saw the manifest gone; a restart counts anew."""
+    own = Clock(0.0)
+    for step in (1, 2):
+        site.publish(step, loss_x=None)
+    site.clock.now_s += 10_000
+    publisher = Publisher(site.store, clock=site.clock, monotonic=own)
+    publisher.retain(keep=1, longest_pull_s=0, grace_s=600)
+    for jump_s in (864_000, -7200, -864_000):
+        site.clock.now_s += jump_s
+        publisher.retain(keep=1, longest_pull_s=0, grace_s=600)
+        assert ids(site, "model.safetensors") == [1, 2]
+    restarted = Publisher(site.store, clock=site.clock, monotonic=own)
+    for passed_s, there in ((0, [1, 2]), (599, [1, 2]), (1, [2])):
+        own.now_s += passed_s
+        restarted.retain(keep=1, longest_pull_s=0, grace_s=600)
+        assert ids(site, "model.safetensors") == there
 
 
 def test_the_young_stay_for_those_who_are_pulling_them(site: Site) -> None:

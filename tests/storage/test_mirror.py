@@ -31,8 +31,8 @@ from tests.storage.object_store import ObjectStore
 class Machine:
     """A run on a machine of its own, with the mirror that it keeps."""
 
-    def __init__(self, folder: Path, url: str, **options: Any) -> None:
-        self.store = Store(url, options)
+    def __init__(self, folder: Path, url: str, *, deadline_s: float = 60.0, **options: Any) -> None:
+        self.store = Store(url, options, deadline_s=deadline_s)
         self.run = acquired(folder)
         self.commits = Commits(self.run)
         self.journal = Journal(self.run.journal)
@@ -259,7 +259,7 @@ def test_a_commit_that_rotted_here_is_not_blamed_on_the_store(tmp_path: Path, ur
 
 
 def test_lost_answers_are_no_fence(tmp_path: Path, objects: str) -> None:
-    machine = Machine(tmp_path / "run", objects, lose_answers=True)
+    machine = Machine(tmp_path / "run", objects, deadline_s=0.05, lose_answers=True)
     commit = machine.commit(1)
     for _ in range(20):  # puts say that they failed, and did not: what stands there decides
         try:
@@ -397,7 +397,7 @@ def test_retention_counts_and_deletes_nothing_that_it_cannot_read(
 
 
 def test_a_store_that_does_not_answer_is_an_error_with_its_name(tmp_path: Path, objects: str) -> None:
-    machine = Machine(tmp_path / "run", objects, denied=True, secret="hunter2hunter2")
+    machine = Machine(tmp_path / "run", objects, deadline_s=0.5, denied=True, secret="hunter2hunter2")
     with pytest.raises(StoreError, match="403") as caught:
         machine.push(1)
     assert "hunter2" not in str(caught.value)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from anytimed.contracts import Evaluation, Json, StepReport
 from anytimed.service.console import View, line
+from anytimed.service.keeper import Keeper
 from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
@@ -25,8 +26,9 @@ log = logging.getLogger("anytimed")
 class Board:
     """The figures of one run. Losses are in nats per token, times in seconds since 1970."""
 
-    def __init__(self, session: Session, view: View, systemd: Systemd, outbox: Outbox) -> None:
-        self._session, self._view, self._systemd, self._outbox = session, view, systemd, outbox
+    def __init__(self, session: Session, view: View, systemd: Systemd, outbox: Outbox, keeper: Keeper) -> None:
+        self._session, self._view, self._systemd = session, view, systemd
+        self._outbox, self._keeper = outbox, keeper
         self._metrics = Metrics(session.run.metrics, session.run.status)
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
@@ -141,6 +143,7 @@ class Board:
             "export": self.export,
             "upload": self._outbox.upload,
             "exports_url": config.exports.url,
+            "store": self._keeper.status(),
             "sources": reading["sources"],
             "batches_ready": reading["ready"],
             "time": time.time(),

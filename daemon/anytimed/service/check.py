@@ -17,6 +17,7 @@ from anytimed.contracts import AnytimedError, ConfigError, Record, Rejected, Str
 from anytimed.optim import compiled, native
 from anytimed.service.assembly import Parts, parts_of
 from anytimed.service.console import size
+from anytimed.storage.probe import probe
 from anytimed.storage.store import Store
 from anytimed.training.device import Device
 from anytimed.training.footprint import Footprint, estimate
@@ -41,7 +42,7 @@ def check(config: Config) -> Iterator[Finding]:
     for name, stream in parts.streams.items():
         yield _tried(f"source {name}", partial(_read, stream))
     yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
-    yield _tried("exports", lambda: _probe(Store(config.exports.url, config.exports.storage_options)))
+    yield _tried("exports", lambda: _write(config))
     if (mirror := config.commits.mirror_url) is not None:
         yield _tried("mirror", lambda: _probe(Store(mirror, config.commits.mirror_storage_options)))
     try:
@@ -125,12 +126,16 @@ def _directory(path: Path) -> str:
     return f"{path}: writable, " + ("holds a run to resume" if known else "a new run would begin")
 
 
+def _write(config: Config) -> str:
+    store = Store(config.exports.url, config.exports.storage_options, deadline_s=config.exports.deadline_s)
+    ability = probe(store, uuid.uuid4().hex)
+    if config.exports.require_conditions and not ability.fences:
+        raise AnytimedError(
+            f"{store.url}: {ability.told}; [exports] require_conditions = true asks for a store that does"
+        )
+    return f"{store.url}: written, read back and removed a probe; the store {ability.told}"
+
+
 def _probe(store: Store) -> str:
-    key, content = f"check-{uuid.uuid4().hex}", b"anytimed check"
-    store.replace(key, content)
-    try:
-        if store.read(key, 100) != content:
-            raise AnytimedError(f"{store.url}: what was written does not read back the same")
-    finally:
-        store.delete(key)
-    return f"{store.url}: written, read back and removed a probe"
+    ability = probe(store, uuid.uuid4().hex)
+    return f"{store.url}: written, read back and removed a probe; the store {ability.told}"

@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
-from anytimed.contracts import AnytimedError, Batch, Json, Snapshot
+from anytimed.contracts import AnytimedError, Batch, HostTensor, Json, Snapshot
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
 from anytimed.service.board import Board
 from anytimed.service.console import View
 from anytimed.service.control import Control
+from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
 from anytimed.service.reload import reloaded
@@ -27,6 +31,7 @@ from anytimed.service.requests import Mailbox, Request
 from anytimed.service.saving import Saving
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
+from anytimed.storage.gate import judge
 
 log = logging.getLogger("anytimed")
 
@@ -54,8 +59,14 @@ class Daemon:
         self._state = State.TRAINING
         self._give_up = self._hung_up = False
         self._systemd = Systemd()
-        self._outbox = Outbox(session.spool, session.publisher, mailbox.post, self._config.exports.url, session.parent)
-        self._board = Board(session, view, self._systemd, self._outbox)
+        self._standing, self._published_x = session.standing, dict[str, HostTensor]()
+        exports, run = self._config.exports, session.run
+        self._keeper = Keeper(
+            session.store, run.run_id, run.term, mailbox.post, ttl_s=exports.lease_s, require=exports.require_conditions
+        )
+        self._outbox = Outbox(session.spool, session.publisher, self._keeper, mailbox.post, exports.url, session.parent)
+        self._keeper.on_held = self._outbox.wake
+        self._board = Board(session, view, self._systemd, self._outbox, self._keeper)
         self._saving = Saving(session, self._config.commits, self._board, mailbox.post, self._snapshot)
         self._timetable = Timetable(mailbox)
         self._control = Control(session.run.control_socket, mailbox, self.status)
@@ -74,7 +85,7 @@ class Daemon:
             self._systemd.extend(COMPILE_S)
             self._learner.compile_now(self._config.data.batch_size)
         self._timetable.apply(self._config)
-        for part in (self._reader, self._outbox, self._saving, self._timetable, self._control):
+        for part in (self._reader, self._keeper, self._outbox, self._saving, self._timetable, self._control):
             part.start()
         self._systemd.notify("READY=1")
         self._tell(always=True)
@@ -157,12 +168,21 @@ class Daemon:
             self._report()
         if step % config.evaluation.every_steps == 0:
             self._report()
-            self._board.evaluated(self._learner.evaluate(self._holdout))
-            self._tell()
+            self._evaluate()
         if config.commits.every_steps and step % config.commits.every_steps == 0:
             self._saving.begin()
         if config.exports.every_steps and step % config.exports.every_steps == 0:
             self._begin_export()
+
+    def _evaluate(self) -> None:
+        """Losses of x, y and z on the hold-out; and of the published x, where the gate could not compare otherwise."""
+        found = self._learner.evaluate(self._holdout)
+        if found is not None and self._standing is not None and self._standing.holdout != found.holdout:
+            loss = self._learner.loss_at(self._published_x, self._holdout) if self._published_x else None
+            if loss is not None:
+                self._standing = replace(self._standing, holdout=found.holdout, loss_x=loss)
+        self._board.evaluated(found)
+        self._tell()
 
     def _report(self) -> None:
         """Read what the steps since the last report did, journal the skipped ones, refresh every view."""
@@ -184,7 +204,8 @@ class Daemon:
 
     def _begin_export(self, reply: Future[dict[str, Any]] | None = None) -> None:
         self._report()
-        self._outbox.submit(self._session.export(self._config, self._board.evaluation, self._read), reply)
+        verdict = judge(self._board.evaluation, self._standing, self._config.exports.gate_margin_nats)
+        self._outbox.submit(self._session.export(self._config, self._board.evaluation, self._read, verdict), reply)
 
     # --- requests
 
@@ -214,7 +235,7 @@ class Daemon:
             case requests.Discover():
                 self._reader.poll()
             case requests.Retain():
-                self._outbox.retain(lambda: self._session.retain_published(self._config.exports))
+                self._outbox.retain(lambda: self._session.retain_published(self._config.exports, self._keeper.check))
             case requests.Verify():
                 self._saving.verify()
             case requests.Committed():
@@ -228,8 +249,12 @@ class Daemon:
                 self._tell()
             case requests.Published():
                 self._on_published(request)
-            case requests.Crashed(error):
-                raise error
+            case requests.Leased(error, refused):
+                self._board.problem("lease", error)
+                if refused is not None:
+                    raise refused
+            case requests.Crashed(crash):
+                raise crash
 
     def _reload(self) -> None:
         try:
@@ -250,10 +275,16 @@ class Daemon:
         self._board.problem("export", done.error)
         if done.error is None:
             self._parent = done.checkpoint
+            self._standing = done.standing
+            self._published_x = self._kept(done.x)
             self._board.export = {"step": done.step, "checkpoint": done.checkpoint, "time": time.time()}
             log.info("exported step %d: %s/checkpoints/%s", done.step, self._config.exports.url, done.checkpoint)
             self._mailbox.post(requests.Retain())
         self._tell()
+
+    def _kept(self, x: Mapping[str, HostTensor] | None) -> dict[str, HostTensor]:
+        """The published x, if the gate may want to evaluate it again on another hold-out."""
+        return dict(x or {}) if math.isfinite(self._config.exports.gate_margin_nats) else {}
 
     def _terminal_gone(self) -> bool:
         """Whether the terminal of the live view was closed, which asks for a stop, once."""
@@ -273,5 +304,6 @@ class Daemon:
         self._reader.close()
         self._saving.close()
         self._outbox.close()
+        self._keeper.close()
         self._control.close()
         self._tell(always=True)

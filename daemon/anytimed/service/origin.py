@@ -38,6 +38,8 @@ Needs = Callable[[Commit], tuple[int, str]]
 
 SCOPE = "data"
 TELL_EVERY_S = 5.0
+START_S = 10.0
+"""Budget of one request while looking at the mirror: a dead store must not keep a good local commit waiting."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Sources:
         if self._store is None:
             return
         try:
-            self._seen = seen = look(self._store)
+            self._seen = seen = look(self._store.hurried(START_S))
         except StoreError as error:
             self._problem = f"mirror: {error}"
             return

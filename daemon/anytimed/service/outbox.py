@@ -2,21 +2,25 @@
 
 In order of an export's life: `submit` leaves a recipe for the content where the thread finds it, the newest only; the
 thread makes it and builds it in the spool, which survives a restart; everything older that still waits is dropped; the
-newest is published; a store that fails is tried again later with a growing pause, and the loop never waits for it.
-What happened is posted, and told to whoever asked for the export."""
+newest is published, if the keeper says that the prefix is ours; a store that fails is tried again later with a growing
+pause, and the loop never waits for it. What a killed process left half done in the store is repaired before anything
+else. What happened is posted, and told to whoever asked for the export."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from anytimed.contracts import AnytimedError, Json, Refused
+from anytimed.contracts import AnytimedError, HostTensor, Json, Refused
+from anytimed.service.keeper import Keeper
 from anytimed.service.requests import Crashed, Published, Request
-from anytimed.storage.exports import ExportContent, Publisher, Spool
+from anytimed.storage.exports import ExportContent, ExportRefused, Publisher, Spool, Superseded
+from anytimed.storage.gate import Standing
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 120.0
@@ -30,10 +34,18 @@ class Outbox:
     """`parent`: the checkpoint published last, named as the parent of the next."""
 
     def __init__(
-        self, spool: Spool, publisher: Publisher, post: Callable[[Request], None], url: str, parent: str | None
+        self,
+        spool: Spool,
+        publisher: Publisher,
+        keeper: Keeper,
+        post: Callable[[Request], None],
+        url: str,
+        parent: str | None,
     ) -> None:
-        self._spool, self._publisher, self._post, self._url = spool, publisher, post, url
+        self._spool, self._publisher, self._keeper, self._post, self._url = spool, publisher, keeper, post, url
         self._parent = parent
+        self._newest_x: tuple[int, Mapping[str, HostTensor]] | None = None
+        self._repaired = False
         self._changed = threading.Condition()
         self._make: Make | None = None
         self._replies: list[Reply] = []
@@ -55,6 +67,12 @@ class Outbox:
             self._make = make
             if reply is not None:
                 self._replies.append(reply)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """The prefix is ours again: go on at once."""
+        with self._changed:
+            self._retry_at, self._pause_s = 0.0, FIRST_PAUSE_S
             self._changed.notify()
 
     def retain(self, delete: Callable[[], object]) -> None:
@@ -104,7 +122,7 @@ class Outbox:
         while True:
             with self._changed:
                 self._busy = False
-                while not (self._closing or self._make or self._retention or self._due()):
+                while not (self._closing or self._make or self._retention or self._due() or self._to_repair()):
                     self._changed.wait(self._nap())
                 if self._closing:
                     return
@@ -114,12 +132,14 @@ class Outbox:
                 retention, self._retention = self._retention, None
             try:
                 if make is not None:
-                    self._spool.build(replace(make(), parent=self._parent))
-                    self._waiting = True
-                if make is not None or self._due():
+                    self._build(make)
+                if make is not None or self._due() or self._to_repair():
                     self._publish(replies)
                 if retention is not None:
                     retention()
+            except ExportRefused as error:
+                # The store is not to blame: what waits for it is tried as before.
+                self._tell(error, replies)
             except AnytimedError as error:
                 self._failed(error, replies)
             except OSError as error:
@@ -128,14 +148,27 @@ class Outbox:
     def _due(self) -> bool:
         return self._waiting and time.monotonic() >= self._retry_at
 
+    def _to_repair(self) -> bool:
+        return not self._repaired and self._keeper.held and time.monotonic() >= self._retry_at
+
     def _nap(self) -> float | None:
         return max(0.0, self._retry_at - time.monotonic()) if self._waiting else None
 
+    def _build(self, make: Make) -> None:
+        content = make()
+        item = self._spool.build(replace(content, parent=self._parent))
+        self._newest_x = (item.manifest.seq, content.tensors)
+        self._waiting = True
+
     def _publish(self, replies: list[Reply]) -> None:
         """Publish the newest item of the spool and drop the older ones."""
-        pending = self._spool.pending()
-        if pending:
-            newest = pending[-1]
+        newest = next(iter(self._spool.coalesce()), None)
+        self._waiting = newest is not None
+        self._keeper.check()
+        if not self._repaired:
+            self._publisher.repair(alone=self._keeper.fences)
+            self._repaired = True
+        if newest is not None:
             began, total = time.monotonic(), newest.manifest.total_bytes
 
             def moved(done: int, _: int) -> None:
@@ -143,21 +176,33 @@ class Outbox:
 
             moved(0, total)
             try:
-                self._publisher.publish(newest, moved)
+                self._publisher.publish(newest, moved, check=self._keeper.check)
             finally:
                 self._upload = None
-            for item in pending:
-                self._spool.discard(item)
+            self._spool.discard(newest)
             self._parent = newest.id
             for reply in replies:
                 reply.set_result({"checkpoint": newest.id, "step": newest.manifest.step, "url": self._url})
-            self._post(Published(newest.manifest.step, checkpoint=newest.id))
+            found, seen = newest.manifest.evaluation, self._newest_x
+            self._post(
+                Published(
+                    newest.manifest.step,
+                    checkpoint=newest.id,
+                    standing=Standing(newest.id, found.holdout, found.loss_x) if found else None,
+                    x=seen[1] if seen is not None and seen[0] == newest.manifest.seq else None,
+                )
+            )
         self._waiting, self._pause_s = False, FIRST_PAUSE_S
 
     def _failed(self, error: AnytimedError, replies: list[Reply]) -> None:
+        # Drawn at random, or a thousand daemons would come back to a store at the same moment.
+        self._retry_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._tell(error, replies)
+
+    def _tell(self, error: AnytimedError, replies: list[Reply]) -> None:
         for reply in replies:
             if not reply.done():
                 reply.set_exception(error)
-        self._retry_at = time.monotonic() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        self._post(Published(error=str(error), refused=error if isinstance(error, Refused) else None))
+        ends = isinstance(error, Refused | Superseded)
+        self._post(Published(error=str(error), refused=error if ends else None))

@@ -8,7 +8,6 @@ two copies that leave the training: the snapshot of a commit and the content of 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -39,16 +38,19 @@ from anytimed.service.origin import Sources
 from anytimed.service.quarantine import Quarantine
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.exports import ExportContent, Publisher, Spool
+from anytimed.storage.gate import Standing, Verdict
 from anytimed.storage.journal import Journal
 from anytimed.storage.manifest import Manifest
 from anytimed.storage.mirror import Mirror
-from anytimed.storage.pull import latest
 from anytimed.storage.run_directory import RunDirectory
-from anytimed.storage.store import MissingKey, Store, StoreError
+from anytimed.storage.store import Store, StoreError
 from anytimed.training.device import Device
 from anytimed.training.learner import Learner
 
 log = logging.getLogger("anytimed")
+
+START_S = 10.0
+"""Budget of one look at the published prefix during a start."""
 
 HOLDOUT_TENSOR = "holdout.tokens"
 WORLD_SIZE = 1
@@ -65,11 +67,13 @@ class Session:
     learner: Learner
     reader: Reader
     spool: Spool
+    store: Store
     publisher: Publisher
     position: Position
     quarantine: Quarantine
     mirror: Mirror | None = None
     commit: Commit | None = None
+    standing: Standing | None = None
     evaluation: Evaluation | None = None
     parent: str | None = None
     resumed: Json | None = None
@@ -94,11 +98,16 @@ class Session:
         return self.learner.snapshot({HOLDOUT_TENSOR: held}, state)
 
     def export(
-        self, config: Config, evaluation: Evaluation | None, read: Mapping[str, SourcePosition]
+        self,
+        config: Config,
+        evaluation: Evaluation | None,
+        read: Mapping[str, SourcePosition],
+        verdict: Verdict,
     ) -> Callable[[], ExportContent]:
         """Copy x out now; what is returned waits for the copy and gives a checkpoint's content, in any thread."""
         snapshot = self.learner.export(config.exports.dtype)
         tokens = self.learner.tokens
+        flags = ["replay is not bit for bit: torch.compile"] if config.run.compile else []
         skipped = [entry for entry in self.journal.entries("training") if entry["step"] <= snapshot.step]
 
         def make() -> ExportContent:
@@ -116,7 +125,8 @@ class Session:
                 interventions=skipped,
                 url=without_credentials(config.exports.url),
                 license=config.exports.model_license,
-                flags=["replay is not bit for bit: torch.compile"] if config.run.compile else [],
+                flags=[*flags, verdict.flag] if verdict.flag else flags,
+                refused=verdict.refused,
             )
 
         return make
@@ -145,12 +155,13 @@ class Session:
             self.journal.append("training", entry)
             log.warning("step %d skipped: loss %g, gradient norm %g", report.step, report.loss, report.grad_norm)
 
-    def retain_published(self, exports: ExportsTable) -> None:
+    def retain_published(self, exports: ExportsTable, check: Callable[[], None]) -> None:
         self.publisher.retain(
             keep=exports.keep,
             keep_every_s=exports.keep_every_s,
             longest_pull_s=0.0,
             grace_s=exports.delete_after_s,
+            check=check,
         )
 
 
@@ -179,18 +190,18 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     sources = Sources(run, config.commits)
     sources.identify(fresh=fresh)
     problems: dict[str, str] = {}
-    store = Store(config.exports.url, config.exports.storage_options)
-    publisher = Publisher(store)
+    store = Store(config.exports.url, config.exports.storage_options, deadline_s=config.exports.deadline_s)
+    publisher = Publisher(store, verify=config.exports.verify_uploads)
     published: Manifest | None = None
     try:
-        publisher.repair()
-        term = publisher.latest_term()
+        # Only looking, and not for long: what has to be repaired there waits until the lease is ours.
+        looking = Publisher(store.hurried(min(START_S, config.exports.deadline_s)))
+        term = looking.latest_term()
         if term >= run.term:
             # Another run published here, one that is gone perhaps: what we publish has to count as newer.
             run.release()
             run.acquire(at_least=term)
-        with contextlib.suppress(MissingKey):
-            published = latest(config.exports.url, config.exports.storage_options)
+        published = looking.latest()
     except (StoreError, CorruptError) as error:
         problems["export"] = str(error)
         log.warning("%s; training goes on, exports wait", error)
@@ -227,6 +238,7 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         learner=learner,
         reader=Reader(pipeline, config.data.prefetch_batches),
         spool=Spool(run, max_shard_bytes=config.exports.max_shard_bytes),
+        store=store,
         publisher=publisher,
         position=position,
         quarantine=quarantine,
@@ -241,6 +253,9 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         )  # fmt: skip
     elif published is not None:
         session.parent = published.id
+        if published.evaluation is not None:
+            found = published.evaluation
+            session.standing = Standing(published.id, found.holdout, found.loss_x)
         session.published = {"step": published.step, "checkpoint": published.id, "time": published.created_s}
     if commit is None:
         if journal.entries("data"):

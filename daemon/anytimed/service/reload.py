@@ -10,7 +10,15 @@ LIVE_TABLES = ("logging", "evaluation", "commits", "exports")
 """Tables whose keys may change between two steps: they leave the numbers of the training alone."""
 
 FIXED_KEYS = {
-    "exports": ("url", "storage_options", "max_shard_bytes"),
+    "exports": (
+        "url",
+        "storage_options",
+        "max_shard_bytes",
+        "deadline_s",
+        "lease_s",
+        "require_conditions",
+        "verify_uploads",
+    ),
     "commits": ("mirror_url", "mirror_storage_options"),
     "evaluation": ("batch_size",),
 }

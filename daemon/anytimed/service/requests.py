@@ -7,13 +7,15 @@ any moment."""
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from anytimed.contracts import HostTensor
 from anytimed.storage.commit import Commit as WrittenCommit
 from anytimed.storage.commit import Rejected
+from anytimed.storage.gate import Standing
 from anytimed.storage.mirror_manifest import MirrorManifest
 
 
@@ -86,10 +88,21 @@ class Mirrored:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run."""
+    """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run. `standing`: how
+    good the published x is, `x` its tensors, where this process still has them."""
 
     step: int | None = None
     checkpoint: str | None = None
+    standing: Standing | None = None
+    x: Mapping[str, HostTensor] | None = field(default=None, repr=False, compare=False)
+    error: str | None = None
+    refused: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """The right to publish changed: held (no error), or not held for now and why. `refused` ends the run."""
+
     error: str | None = None
     refused: Exception | None = None
 
@@ -102,7 +115,19 @@ class Crashed:
 
 
 Request = (
-    Stop | Reload | Commit | Export | Discover | Retain | Verify | Committed | Verified | Mirrored | Published | Crashed
+    Stop
+    | Reload
+    | Commit
+    | Export
+    | Discover
+    | Retain
+    | Verify
+    | Committed
+    | Verified
+    | Mirrored
+    | Published
+    | Leased
+    | Crashed
 )
 
 

@@ -26,7 +26,8 @@ class ExportContent:
     name.
 
     tokens: trained on up to `step`. parent: id of the checkpoint published before. lineage: per source, what was read.
-    url: the prefix as a reader would name it, without credentials; license: named in the model card.
+    url: the prefix as a reader would name it, without credentials; license: named in the model card. refused: why it
+    must not be published, if it must not.
     """
 
     step: int
@@ -44,6 +45,7 @@ class ExportContent:
     title: str = "anytimed checkpoint"
     url: str = "URL"
     license: str | None = None
+    refused: str | None = None
 
 
 def write_weights(folder: Path, named: Mapping[str, HostTensor], max_shard_bytes: int) -> list[FileEntry]:

@@ -104,7 +104,7 @@ class FileEntry(BaseModel):
     sha256: Sha256
 
 
-class _Stored(BaseModel):
+class Stored(BaseModel):
     """What the forms share: a version that is looked at first, and errors that name the place."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
@@ -135,7 +135,7 @@ class _Stored(BaseModel):
             raise CorruptError(f"{where}: no valid {cls.form}: {error}") from error
 
 
-class Sealed(_Stored):
+class Sealed(Stored):
     """A form that carries the digest of its own content, so that a flipped byte anywhere in it shows."""
 
     def to_bytes(self) -> bytes:
@@ -167,7 +167,7 @@ def unique(files: list[FileEntry], reserved: str) -> list[FileEntry]:
     return files
 
 
-class Manifest(_Stored):
+class Manifest(Stored):
     """manifest.json of a published checkpoint. `evaluation` is the latest one at the time, of its own step."""
 
     form: ClassVar[str] = "checkpoint manifest"
@@ -208,7 +208,7 @@ class Manifest(_Stored):
         return sum(entry.size for entry in self.files)
 
 
-class Pointer(_Stored):
+class Pointer(Stored):
     """latest.json, best.json: which checkpoint, and the digest of its manifest's bytes."""
 
     form: ClassVar[str] = "pointer"

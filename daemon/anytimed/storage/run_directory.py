@@ -75,6 +75,11 @@ class RunDirectory:
         return self.path / "quarantine"
 
     @property
+    def refused_exports(self) -> Path:
+        """Exports that were not fit to be served, the newest few."""
+        return self.quarantine / "exports"
+
+    @property
     def status(self) -> Path:
         return self.path / "status.json"
 
@@ -129,9 +134,10 @@ class RunDirectory:
                 started=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
             )
             write_durably(self.path / "OWNER", json.dumps(asdict(self._owner)).encode() + b"\n")
-            for folder in (self.commits, self.spool, self.quarantine / "commits", self.quarantine / "records"):
+            kept = ("commits", "records", "exports")
+            for folder in (self.commits, self.spool, *(self.quarantine / name for name in kept)):
                 make_folders(folder)
-            for folder in (self.path, self.commits, self.spool, self.quarantine / "commits"):
+            for folder in (self.path, self.commits, self.spool, self.refused_exports, self.quarantine / "commits"):
                 self.sweep(folder)
         except BaseException:
             self.release()

@@ -1,7 +1,8 @@
 """The spool: exports built on the local disk, waiting for the store.
 
-`build` refuses what is not finite, then writes the checkpoint's files, digested from memory, and its manifest into a
-folder of spool/, whole or not at all. `pending` finds them again after a restart.
+`build` writes the checkpoint's files, digested from memory, and its manifest into a folder of spool/, whole or not at
+all. What is not fit to be served (not finite, or refused by the gate) is built into quarantine/exports/ instead, for a
+person to look at; the newest few stay. `pending` finds the others again after a restart.
 
 All of it runs beside training: bytes are hashed once, while they are written.
 """
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,8 +32,11 @@ from .run_directory import RunDirectory
 log = logging.getLogger(__name__)
 
 
+_KEPT_ASIDE = 2
+
+
 class ExportRefused(AnytimedError):
-    """The weights are not fit to be served; nothing was written, the previous checkpoint stays the latest."""
+    """The weights are not fit to be served; they are kept aside, the previous checkpoint stays the latest."""
 
 
 class ExportFailed(AnytimedError):
@@ -65,24 +69,31 @@ class Spool:
         self._trusted: set[str] = set()
 
     def build(self, content: ExportContent) -> SpoolItem:
-        """Write an export into the spool. Raises ExportRefused (not finite), ExportFailed (disk); nothing is left
-        then."""
-        for name, tensor in content.tensors.items():
-            at = tensors.non_finite(tensor)
-            if at is not None:
-                raise ExportRefused(
-                    f"step {content.step}: x is not finite: {name} {tensor.dtype} {tensor.shape}, "
-                    f"first at flat index {at}; not exported, the previous checkpoint stays the latest"
-                )
+        """Write an export into the spool. Raises ExportRefused where the gate refused it or x is not finite: it is kept
+        aside then; ExportFailed (disk): nothing is left then."""
+        reason = content.refused or _not_finite(content)
+        if reason is None:
+            return self._build(content, self._run.spool)
+        try:
+            item = self._build(replace(content, flags=[*content.flags, reason]), self._run.refused_exports)
+            self._tidy_aside()
+            kept = f"kept in {item.path}"
+        except ExportFailed as error:
+            kept = f"not kept: {error}"
+        raise ExportRefused(
+            f"step {content.step}: {reason}; not published, {kept}. The previous checkpoint stays the latest"
+        )
+
+    def _build(self, content: ExportContent, folder: Path) -> SpoolItem:
         self._seq += 1
         ident = str(CheckpointId(self._run.term, self._seq, content.step))
-        attempt = self._run.spool / f".tmp-{ident}-{secrets.token_hex(4)}"
-        final = self._run.spool / ident
+        attempt = folder / f".tmp-{ident}-{secrets.token_hex(4)}"
+        final = folder / ident
         try:
             attempt.mkdir(0o700)
             item = self._fill(attempt, final, content)
             attempt.rename(final)
-            fsync_folder(self._run.spool)
+            fsync_folder(folder)
         except OSError as error:
             shutil.rmtree(attempt, ignore_errors=True)
             raise ExportFailed(
@@ -115,7 +126,19 @@ class Spool:
         """Forget an export: published, or no longer wanted."""
         self._remove(item.path)
 
+    def coalesce(self) -> list[SpoolItem]:
+        """What waits, with all but the newest forgotten: a store that was slow gets the newest export, not a queue."""
+        pending = self.pending()
+        for item in pending[:-1]:
+            self._remove(item.path)
+        return pending[-1:]
+
     # --- within ---
+
+    def _tidy_aside(self) -> None:
+        folder = self._run.refused_exports
+        for path in sorted(p for p in folder.iterdir() if not p.name.startswith("."))[:-_KEPT_ASIDE]:
+            self._remove(path)
 
     def _fill(self, folder: Path, final: Path, content: ExportContent) -> SpoolItem:
         evaluation, flags = content.evaluation, list(content.flags)
@@ -171,3 +194,12 @@ class Spool:
         with contextlib.suppress(FileNotFoundError):
             path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)  # what stays is swept at the next start
+
+
+def _not_finite(content: ExportContent) -> str | None:
+    """Where x is NaN or Inf first, or None."""
+    for name, tensor in content.tensors.items():
+        at = tensors.non_finite(tensor)
+        if at is not None:
+            return f"x is not finite: {name} {tensor.dtype} {tensor.shape}, first at flat index {at}"
+    return None

@@ -1,8 +1,8 @@
 """Objects at a URL, or in a local folder: whole or not there at all.
 
 A local path or file:// URL is written with the means of `durable` (create-only by a hard link, so that two writers
-cannot both win). Any other goes through fsspec, where one put is one whole object, create-only is asked of the store
-and checked by reading back, and calls have a deadline of ours.
+cannot both win, compare-and-swap under a file lock). Any other goes through fsspec, where one put is one whole object,
+conditions are asked of the store and checked by reading back, and every operation has one budget of ours (`patience`).
 
 Errors name URL and key and never carry a password, a key or a token.
 """
@@ -10,10 +10,16 @@ Errors name URL and key and never carry a password, a key or a token.
 from __future__ import annotations
 
 import contextlib
+import copy
+import fcntl
+import functools
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,7 +30,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from anytimed.contracts import AnytimedError, ConfigError, CorruptError
 
+from . import s3
 from .durable import CHUNK_BYTES, beside, fsync_folder, make_folders, write_durably, write_new
+from .patience import patiently
 
 __all__ = ["MissingKey", "Store", "StoreError", "check_key", "fsync_folder", "write_durably"]
 
@@ -55,9 +63,9 @@ def check_key(key: str) -> str:
 class Store:
     """A prefix at an fsspec URL, or a local folder. Keys are relative; objects appear whole or not at all.
 
-    `deadline_s` holds for one call to a remote store that fsspec drives asynchronously (S3, GCS, Azure, HTTP): the
-    call is cancelled, so that a late answer cannot overwrite what came after it. Nothing is cached, neither listings
-    nor instances.
+    `deadline_s` holds for one operation on a remote store that fsspec drives asynchronously (S3, GCS, Azure, HTTP),
+    retries included; transfers get more by their size. What is under way at its end is cancelled, so that a late
+    answer cannot overwrite what came after it. Nothing is cached, neither listings nor instances.
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None, *, deadline_s: float = 60.0) -> None:
@@ -70,7 +78,7 @@ class Store:
             raise ConfigError(f"{self.url}: chained URLs are not supported, a cache between would serve what is gone")
         try:
             self._fs, root = fsspec.url_to_fs(
-                url, **{**options, "use_listings_cache": False, "skip_instance_cache": True}
+                url, **{**s3.options(url, options), "use_listings_cache": False, "skip_instance_cache": True}
             )
         except (ValueError, ImportError, TypeError) as error:
             raise ConfigError(
@@ -79,9 +87,29 @@ class Store:
             ) from None
         self._root = str(root).rstrip("/")
         self._local = Path(self._root or "/") if isinstance(self._fs, LocalFileSystem) else None
+        self._s3 = s3.is_s3(self._fs)
+        if self._s3:
+            s3.try_once(self._fs)
+        self._traits = {"advisory": not (self._s3 or self._local is not None)}
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
+
+    def hurried(self, deadline_s: float) -> Store:
+        """The same store with another deadline."""
+        other = copy.copy(self)
+        other._deadline_s = deadline_s
+        return other
+
+    @property
+    def advisory(self) -> bool:
+        """Whether two writers have to look out for each other, because the store does not keep them apart. An S3
+        server that ignores conditions is found out by `probe` only, which sets this, for every copy of this store."""
+        return self._traits["advisory"]
+
+    @advisory.setter
+    def advisory(self, value: bool) -> None:
+        self._traits["advisory"] = value
 
     def put_file(self, local: Path, key: str) -> None:
         """Store a finished, fsynced file as it is; whatever stood under the key is replaced as a whole.
@@ -117,8 +145,15 @@ class Store:
         """Store an object only if there is none; False if there was one, whoever wrote it.
 
         On False read it back: identical bytes are a success whose answer was lost. What a remote store answers is
-        checked by reading back here too: one that ignores the condition may have let another writer win.
+        checked by reading back here too: one that ignores the condition may have let another writer win, and is asked
+        first whether there is one.
         """
+        if self._local is not None:
+            return self._create_local(self._path(key), key, data)
+        return not self.exists(key) and self.create_unlooked(key, data)
+
+    def create_unlooked(self, key: str, data: bytes) -> bool:
+        """`create` by the store's condition alone, as the probe wants it."""
         if self._local is not None:
             return self._create_local(self._path(key), key, data)
         refusal: StoreError | None = None
@@ -160,6 +195,44 @@ class Store:
         if max(size, len(data)) > max_bytes:
             raise CorruptError(f"{self.url}/{key}: {max(size, len(data))} bytes, expected {max_bytes} at most")
         return bytes(data)
+
+    def read_versioned(self, key: str, max_bytes: int) -> tuple[bytes, str]:
+        """An object's content and a text that changes with it, for `swap`. Raises as `read`."""
+        if not self._s3:
+            data = self.read(key, max_bytes)
+            return data, hashlib.sha256(data).hexdigest()
+        with self._names(key):
+            data, version = self._await(s3.read_versioned, self._fs, self._at(key), max_bytes)
+        if len(data) > max_bytes:
+            raise CorruptError(f"{self.url}/{key}: more than {max_bytes} bytes, expected {max_bytes} at most")
+        return bytes(data), version
+
+    def swap(self, key: str, data: bytes, version: str | None) -> bool:
+        """Replace an object if it still is `version`, create it if that is None; whether it now holds `data`.
+
+        Atomic on S3 and in a local folder. Where `advisory` it is a look, a write and a look again: advisory. A
+        success whose answer was lost is a success. Raises StoreError where what stands there cannot be found out.
+        """
+        if version is None:
+            return self.create(key, data) or self._holds(key, data)
+        if self._local is not None:
+            return self._swap_local(key, data, version)
+        refusal: StoreError | None = None
+        try:
+            if not self.advisory:
+                with self._names(key):
+                    self._await(s3.replace_if, self._fs, self._at(key), data, version, transfer_bytes=len(data))
+            elif self._version(key, 1 << 30) == version:
+                self.replace(key, data)
+        except MissingKey:
+            return False
+        except StoreError as error:
+            refusal = error
+        if self._holds(key, data):
+            return True
+        if refusal is not None and self._version(key, 1 << 30) == version:
+            raise refusal  # nobody else was there: it was no refused condition
+        return False
 
     def download(self, key: str, size: int) -> Iterator[bytes]:
         """The first `size` bytes of an object in chunks; fewer where the object is shorter. Raises as `read`."""
@@ -230,7 +303,44 @@ class Store:
                 if path.is_file() and now_s - path.stat().st_ctime > older_than_s:
                     path.unlink()
 
+    def sweep_uploads(self, prefix: str, older_than_s: float) -> int:
+        """Abort multipart uploads under a prefix that were begun so long ago and not completed; how many. S3 only."""
+        if not self._s3:
+            return 0
+        with self._names(prefix):
+            begun = self._await(s3.unfinished_uploads, self._fs, f"{self._at(prefix)}/")
+            old = [u for u in begun if (datetime.now(UTC) - u[2]).total_seconds() >= older_than_s]
+            for path, upload_id, _ in old:
+                with contextlib.suppress(FileNotFoundError):  # completed or aborted meanwhile
+                    self._await(s3.abort_upload, self._fs, path, upload_id)
+        return len(old)
+
     # --- within ---
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.read(key, len(data)) == data
+        except (MissingKey, CorruptError):
+            return False
+
+    def _version(self, key: str, max_bytes: int) -> str | None:
+        try:
+            return self.read_versioned(key, max_bytes)[1]
+        except MissingKey:
+            return None
+
+    def _swap_local(self, key: str, data: bytes, version: str) -> bool:
+        assert self._local is not None
+        with self._names(key):
+            file = os.open(self._local / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if self._version(key, 1 << 30) != version:
+                    return False
+                write_durably(self._path(key), data)
+            finally:
+                os.close(file)
+        return True
 
     def _path(self, key: str) -> Path:
         assert self._local is not None
@@ -269,11 +379,25 @@ class Store:
             yield from (f"{folder}/{name}" for name in files)
 
     def _call(self, name: str, *arguments: Any, transfer_bytes: int = 0, **options: Any) -> Any:
+        """The file system's method, tried again within the budget where fsspec drives it asynchronously."""
+        if isinstance(self._fs, AsyncFileSystem):
+            method = functools.partial(getattr(self._fs, f"_{name}"), **options)
+            return self._await(method, *arguments, transfer_bytes=transfer_bytes)
+        return self._as_os_error(functools.partial(getattr(self._fs, name), *arguments, **options))
+
+    def _await(self, method: Callable[..., Awaitable[Any]], *arguments: Any, transfer_bytes: int = 0) -> Any:
+        budget_s = self._deadline_s + transfer_bytes / _SLOWEST_BYTES_PER_S
+        ends = time.monotonic() + budget_s
+
+        def attempt() -> Any:
+            return sync(self._fs.loop, method, *arguments, timeout=max(ends - time.monotonic(), 0.01))
+
+        return self._as_os_error(lambda: patiently(attempt, budget_s))
+
+    @staticmethod
+    def _as_os_error(call: Callable[[], Any]) -> Any:
         try:
-            if isinstance(self._fs, AsyncFileSystem):
-                deadline_s = self._deadline_s + transfer_bytes / _SLOWEST_BYTES_PER_S
-                return sync(self._fs.loop, getattr(self._fs, f"_{name}"), *arguments, timeout=deadline_s, **options)
-            return getattr(self._fs, name)(*arguments, **options)
+            return call()
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001 - every backend has a family of its own (botocore, aiohttp, google)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -34,6 +35,17 @@ def host_view(tensor: Tensor) -> HostTensor:
         return HostTensor(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), memoryview(b""))
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
     return HostTensor(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def tensor_of(host: HostTensor) -> Tensor:
+    """A CPU tensor over the bytes of a HostTensor, not copied; for reading only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the bytes cannot be written to is what we want
+        flat = torch.frombuffer(host.data, dtype=_DTYPES[host.dtype]) if host.data.nbytes else torch.empty(0)
+    return flat.reshape(host.shape)
 
 
 class Device:
@@ -75,6 +87,10 @@ class Device:
         if self.is_cuda:
             return host.pin_memory().to(self.torch_device, non_blocking=True).long()
         return host.long()
+
+    def put_tensors(self, tensors: Mapping[str, HostTensor]) -> dict[str, Tensor]:
+        """Tensors on the device, by name."""
+        return {name: tensor_of(host).to(self.torch_device) for name, host in tensors.items()}
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.is_cuda and self.precision == "bfloat16":

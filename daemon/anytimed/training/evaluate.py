@@ -47,16 +47,23 @@ class Evaluator:
     ) -> Evaluation | None:
         """Mean losses in nats per token at the three sets of weights (by parameter name); None while nothing is held
         out."""
-        digest = holdout.digest
-        if digest != self._digest:
-            rows = windows(holdout, self._length)
-            self._digest, self._targets = digest, int((rows[:, 1:] != IGNORED).sum())
-            self._batches = [self._device.put(rows[i : i + self._batch]) for i in range(0, len(rows), self._batch)]
-        if not self._targets:
+        if not self._take(holdout):
             return None
         losses = self._device.read([self._loss(x), self._loss(y), self._loss(z)])
         mean = [loss / self._targets for loss in losses]
-        return Evaluation(step, digest, self._targets, *mean)
+        return Evaluation(step, self._digest, self._targets, *mean)
+
+    def loss_at(self, weights: Mapping[str, Tensor], holdout: Holdout) -> float | None:
+        """Mean loss in nats per token at one set of weights; None while nothing is held out."""
+        return self._device.read([self._loss(weights)])[0] / self._targets if self._take(holdout) else None
+
+    def _take(self, holdout: Holdout) -> bool:
+        """Keep the windows of this hold-out; whether there is anything to evaluate on."""
+        if holdout.digest != self._digest:
+            rows = windows(holdout, self._length)
+            self._digest, self._targets = holdout.digest, int((rows[:, 1:] != IGNORED).sum())
+            self._batches = [self._device.put(rows[i : i + self._batch]) for i in range(0, len(rows), self._batch)]
+        return self._targets > 0
 
     @torch.no_grad()
     def _loss(self, weights: Mapping[str, Tensor]) -> Tensor:

@@ -105,6 +105,10 @@ class Learner:
         y = {name: p.detach() for name, p in self._named.items()}
         return self._evaluator.evaluate(self.step_count, holdout, self._at("x"), y, self._at("z"))
 
+    def loss_at(self, weights: Mapping[str, HostTensor], holdout: Holdout) -> float | None:
+        """Mean loss in nats per token of exported weights on the hold-out; None while nothing is held out."""
+        return self._evaluator.loss_at(self.device.put_tensors(weights), holdout)
+
     # --- copies
 
     def _at(self, which: str) -> dict[str, Tensor]:
