@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anytimed.contracts import Batch, ConfigError, Json, Refused
+from anytimed.contracts import AnytimedError, Batch, ConfigError, Json, Refused
 from anytimed.data.mixture import Mixture
 from anytimed.data.pipeline import Dry, Interrupted, Pipeline
 from anytimed.data.shuffle import permutation
@@ -474,3 +474,31 @@ def test_a_batch_may_span_many_blocks(tmp_path: Path) -> None:
     for i, batch in enumerate(made):
         rest = [told(b) for b in batches(world.pipeline(MemoryJournal(journal.entries("data")), batch.position))]
         assert rest == [told(b) for b in made[i + 1 :]]
+
+
+def test_data_that_the_journal_cannot_take_for_now_waits_and_is_found_again(tmp_path: Path) -> None:
+    class Full(MemoryJournal):
+        full = False
+
+        def append(self, scope: str, entry: Json) -> None:
+            if self.full:
+                raise AnytimedError("journal.jsonl: entry not written: No space left on device")
+            super().append(scope, entry)
+
+    world = World(
+        tmp_path, {"lines": "jsonl"}, {"lines": 1.0}, {"holdout_fraction": 0.0, "shuffle_block_sequences": 100}
+    )
+    world.write("lines", "a", [24])
+    journal = Full()
+    pipeline = world.pipeline(journal)
+    pipeline.poll()
+    assert isinstance(pipeline.next_batch(), Dry)
+    world.write("lines", "b", [9] * 3)
+    journal.full = True
+    assert pipeline.poll() == 0
+    assert "1 new entries wait: journal.jsonl: entry not written" in pipeline.status()["undecided"]
+    assert isinstance(pipeline.next_batch(), Dry), "there is something new, so no block is cut short"
+    journal.full = False
+    assert pipeline.poll() == 1
+    assert pipeline.status()["undecided"] is None
+    audit(world, pipeline, list(batches(pipeline)))
