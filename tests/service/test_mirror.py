@@ -68,13 +68,18 @@ def test_a_mirror_that_does_not_answer_costs_nothing_but_a_warning(tmp_path: Pat
     output = tiny.run("run", config, "--steps", "40")
     assert "the last commit is not mirrored; the next start sends it" in output and "Traceback" not in output
     assert any("mirror" in problem for problem in json.loads(tiny.run("status", config, "--json"))["degraded"])
-    # On an empty machine it is worth a restart, and nothing is begun.
-    shutil.rmtree(tmp_path / "run")
-    output = tiny.run("run", config, "--steps", "40", expect=1)
+
+
+def test_an_empty_machine_whose_mirror_does_not_answer_begins_nothing(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 60)
+    (tmp_path / "mirror").write_text("in the way")
+    config = mirrored(tmp_path)
+    output = tiny.run("run", config, "--steps", "8", expect=1)
     assert "the mirror cannot be asked" in output and "--fresh" in output and "Traceback" not in output
     assert not list((tmp_path / "run" / "commits").iterdir())
+    tiny.config(tmp_path, commits={"mirror_url": f"file://{tmp_path / 'mirror'}"}, exports={"drain_s": 0.5})
     output = tiny.run("run", config, "--steps", "8", "--fresh")
-    assert "new run" in output
+    assert "new run" in output and "the last commit is not mirrored" in output
 
 
 def test_an_old_machine_that_was_thought_dead_stops_with_3(tmp_path: Path) -> None:
