@@ -236,11 +236,14 @@ def test_an_x_that_is_not_finite_is_refused_and_the_next_one_goes_out(box: Box) 
     box.wait(lambda: box.published() == [2])
 
 
-def test_another_writer_ends_the_run_and_an_unforeseen_error_is_raised_by_the_loop(box: Box) -> None:
+def test_another_writer_ends_the_run_and_an_unforeseen_error_is_raised_by_the_loop(box: Box, tmp_path: Path) -> None:
     box.start()
-    taken = box.store / "checkpoints" / "00001-000001-0000000001"
-    taken.mkdir(parents=True)
-    (taken / "manifest.json").write_text("{}")
+    with RunDirectory(tmp_path / "other") as other:
+        other.acquire()
+        theirs = Spool(other).build(content(1, 2.0))
+        taken = box.store / "checkpoints" / theirs.id
+        taken.mkdir(parents=True)
+        (taken / "manifest.json").write_bytes(theirs.data)
     box.outbox.submit(lambda: content(1))
     box.wait(lambda: any(isinstance(p, Published) and isinstance(p.refused, Refused) for p in box.posted))
 

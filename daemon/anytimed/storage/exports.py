@@ -222,17 +222,23 @@ class Publisher:
     # --- within ---
 
     def _published(self, key: str, item: SpoolItem) -> bool:
-        """Whether the manifest stands there with our bytes. Raises Refused on others."""
+        """Whether our manifest stands there. Raises Refused on another writer's, StoreError on nobody's."""
         try:
             found = self._store.read(key, MANIFEST_BYTES)
         except MissingKey:
             return False
-        if found != item.data:
-            raise Refused(
-                f"{self._store.url}/{key}: another writer published other bytes under our id {item.id}; "
-                "two daemons must not share a prefix: give this run a URL of its own"
-            )
-        return True
+        if found == item.data:
+            return True
+        try:
+            Manifest.from_bytes(found, f"{self._store.url}/{key}")
+        except CorruptError as error:
+            # Nobody's manifest: the store kept other bytes than were sent. No reader took it for one.
+            self._store.delete(key)
+            raise StoreError(f"{error}: the store holds other bytes than were sent; it is sent again") from None
+        raise Refused(
+            f"{self._store.url}/{key}: another writer published other bytes under our id {item.id}; "
+            "two daemons must not share a prefix: give this run a URL of its own"
+        )
 
     def _upload(self, item: SpoolItem, entry: FileEntry) -> None:
         key = f"{CHECKPOINTS}/{item.id}/{entry.name}"

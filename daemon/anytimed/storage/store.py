@@ -40,6 +40,8 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _HARMLESS_OPTIONS = frozenset({"endpoint_url", "region_name", "project", "protocol", "host", "port"})
 _DOWNLOAD_BYTES = 16 << 20
 """Asked of a remote store in one request: the cost of a request is small beside it, so is the memory."""
+_SMALL_BYTES = 16 << 20
+"""What is replaced by compare-and-swap is a pointer or a lease: never more."""
 _SLOWEST_BYTES_PER_S = 1 << 20
 """A transfer may take as much longer than the deadline as its bytes take at this rate."""
 
@@ -185,6 +187,8 @@ class Store:
 
     def read(self, key: str, max_bytes: int) -> bytes:
         """An object's content. Raises MissingKey, CorruptError where it is longer than `max_bytes`, StoreError."""
+        if self._s3:
+            return self.read_versioned(key, max_bytes)[0]
         with self._names(key):
             if self._local is None:
                 size = self._call("info", self._at(key)).get("size") or 0
@@ -222,7 +226,7 @@ class Store:
             if not self.advisory:
                 with self._names(key):
                     self._await(s3.replace_if, self._fs, self._at(key), data, version, transfer_bytes=len(data))
-            elif self._version(key, 1 << 30) == version:
+            elif self._version(key, _SMALL_BYTES) == version:
                 self.replace(key, data)
         except MissingKey:
             return False
@@ -230,7 +234,7 @@ class Store:
             refusal = error
         if self._holds(key, data):
             return True
-        if refusal is not None and self._version(key, 1 << 30) == version:
+        if refusal is not None and self._version(key, _SMALL_BYTES) == version:
             raise refusal  # nobody else was there: it was no refused condition
         return False
 
@@ -335,7 +339,7 @@ class Store:
             file = os.open(self._local / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if self._version(key, 1 << 30) != version:
+                if self._version(key, _SMALL_BYTES) != version:
                     return False
                 write_durably(self._path(key), data)
             finally:
