@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from anytimed.storage.mirror_reader import fetch_commit, fetch_journal, look
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.store import Store, StoreError
 from anytimed.storage.verify import verify_mirror
+from tests.faults import servers
 from tests.storage import faults
 from tests.storage.material import acquired, flip, snapshot, tree
 from tests.storage.object_store import ObjectStore
@@ -403,3 +404,29 @@ def test_a_store_that_does_not_answer_is_an_error_with_its_name(tmp_path: Path, 
     assert "hunter2" not in str(caught.value)
     with pytest.raises(StoreError):
         look(machine.store)
+
+
+# --- real servers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("server", [servers.moto, servers.rclone, servers.localbucket], ids=lambda s: s.__name__)
+def test_a_real_server_holds_a_mirror_and_its_fence(tmp_path: Path, server: Callable[[Path], Any]) -> None:
+    with server(tmp_path) as running:
+        url, options = f"s3://{servers.BUCKET}/mirror", running.options()
+        old = Machine(tmp_path / "old", url, **options)
+        for step in (1, 2, 3):
+            old.decide(5)
+            old.push(step)
+            old.mirror.retain(2)
+        seen = look(old.store)
+        assert [m.step for m in seen.commits] == [3, 2] and not problems(old.store)
+        run = RunDirectory(tmp_path / "new")
+        run.acquire(at_least=seen.term, run_id=seen.run_id)
+        back = fetch_commit(old.store, seen.commits[0], Commits(run))
+        fetch_journal(old.store, seen.commits[0], run.journal)
+        assert tree(back.path) == tree(old.run.commits / back.path.name)
+        assert run.journal.read_bytes() == old.run.journal.read_bytes()
+        Mirror(Store(url, options), run).claim()
+        with pytest.raises(TermTaken):
+            old.push(4)
+        assert look(old.store).commits == seen.commits
