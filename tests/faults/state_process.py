@@ -1,0 +1,174 @@
+"""The process that faults of the local state are injected into: `python -m tests.faults.state_process`.
+
+It imports storage once, then reads commands, one JSON array a line: `["fork", action, folder, told, arguments...]`
+forks a child that waits at a gate, and answers its pid, so that strace can be attached; `["go", pid]` opens the gate,
+waits for the child's end, and answers how it ended. The child does the action in the folder and writes what it
+promises, line by line, into the file `told`: "committed 7" once that commit has been acknowledged, "failed ..." where
+it was told that something was not done. `["here", ...]` does the action in this process itself: what it acquires, its
+forked children share.
+
+No torch is imported, so that a child is forked and traced within milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from anytimed.contracts import AnytimedError
+from anytimed.storage.commits import Commits
+from anytimed.storage.journal import Journal
+from anytimed.storage.run_directory import RunDirectory
+from anytimed.storage.spool import Spool
+from tests.storage.material import content, snapshot
+
+Say = Callable[[str], None]
+
+_SPACIOUS = 1 << 50
+"""What the disk is said to have free: the fault has to be met by the write, not by the look at the disk before it."""
+
+
+def acquired(folder: Path) -> RunDirectory:
+    run = RunDirectory(folder)
+    run.acquire()
+    return run
+
+
+def _commits(run: RunDirectory) -> Commits:
+    return Commits(run, free_bytes=lambda path: _SPACIOUS)
+
+
+def _newest(commits: Commits) -> int:
+    newest = commits.newest()
+    return newest.manifest.step if newest else 0
+
+
+def commit(folder: Path, say: Say) -> None:
+    """A start, a commit, the retention after it."""
+    with acquired(folder) as run:
+        commits = _commits(run)
+        step = _newest(commits) + 1
+        commits.write(snapshot(step))
+        say(f"committed {step}")
+        commits.retain(2)
+
+
+def commit_twice(folder: Path, say: Say) -> None:
+    """A start and two commits; the first may fail, and training goes on to the second."""
+    with acquired(folder) as run:
+        commits = _commits(run)
+        step = _newest(commits)
+        for step in (step + 1, step + 2):
+            try:
+                commits.write(snapshot(step))
+                say(f"committed {step}")
+            except AnytimedError as error:
+                say(f"failed {step} {type(error).__name__}: {error}")
+        commits.retain(2)
+
+
+def start(folder: Path, say: Say) -> None:
+    """What a start reads: nothing is written after the term."""
+    with acquired(folder) as run:
+        say(f"found {_newest(_commits(run))}")
+
+
+def retain(folder: Path, say: Say) -> None:
+    with acquired(folder) as run:
+        kept = _commits(run).retain(2)
+        say(f"kept {[c.manifest.step for c in kept]}")
+
+
+def append(folder: Path, say: Say) -> None:
+    """Three decisions; one that cannot be written is decided again."""
+    journal = Journal(folder / "journal.jsonl")
+    for _ in range(3):
+        number = journal.length("data") + 1
+        try:
+            journal.append("data", {"number": number, "files": ["a.txt"] * 3})
+            say(f"appended {number}")
+        except AnytimedError as error:
+            say(f"failed {number} {error}")
+    journal.close()
+
+
+def spool(folder: Path, say: Say) -> None:
+    with acquired(folder) as run:
+        waiting = Spool(run)
+        waiting.pending()
+        waiting.build(content(run.term))
+        say(f"spooled {run.term}")
+
+
+def save(folder: Path, say: Say) -> None:
+    """A commit in a run that the parent has acquired."""
+    commits = _commits(HELD[0])
+    step = _newest(commits) + 1
+    commits.write(snapshot(step))
+    say(f"committed {step}")
+
+
+def tidy(folder: Path, say: Say) -> None:
+    """The retention after a commit, in a run that the parent has acquired."""
+    say(f"kept {[c.manifest.step for c in _commits(HELD[0]).retain(2)]}")
+
+
+def hold(folder: Path, say: Say) -> None:
+    """Acquire, and stay the owner."""
+    HELD.append(acquired(folder))
+
+
+def release(folder: Path, say: Say) -> None:
+    HELD.pop().release()
+
+
+HELD: list[RunDirectory] = []
+"""The run between `hold` and `release`."""
+
+ACTIONS = {a.__name__: a for a in (commit, commit_twice, start, retain, append, spool, save, tidy, hold, release)}
+
+
+def child(action: str, folder: str, told: str, gate: int) -> None:
+    """The forked process: nothing of the parent's stdin and stdout is touched."""
+    out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.read(gate, 1)
+    try:
+        ACTIONS[action](Path(folder), lambda text: os.write(out, f"{text}\n".encode()) and None)
+    except (AnytimedError, OSError, MemoryError) as error:
+        os.write(out, f"ended {type(error).__name__}: {error}\n".encode())
+        os._exit(2)
+    except BaseException:  # noqa: BLE001 - a forked child must not return into the parent's loop
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    gates: dict[int, int] = {}
+    for line in sys.stdin:
+        match json.loads(line):
+            case ["fork", action, folder, told]:
+                behind, gate = os.pipe()
+                pid = os.fork()
+                if pid == 0:
+                    os.close(gate)
+                    child(action, folder, told, behind)
+                os.close(behind)
+                gates[pid] = gate
+                answer = pid
+            case ["go", int(pid)]:
+                os.close(gates.pop(pid))
+                status = os.waitpid(pid, 0)[1]
+                answer = os.waitstatus_to_exitcode(status)
+            case ["here", action, folder]:
+                ACTIONS[action](Path(folder), lambda text: None)
+                answer = 0
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
