@@ -21,6 +21,7 @@ from pathlib import Path
 
 from anytimed.contracts import AnytimedError
 from anytimed.storage.commits import Commits
+from anytimed.storage.durable import write_all
 from anytimed.storage.journal import Journal
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.spool import Spool
@@ -61,8 +62,8 @@ def commit_twice(folder: Path, say: Say) -> None:
     """A start and two commits; the first may fail, and training goes on to the second."""
     with acquired(folder) as run:
         commits = _commits(run)
-        step = _newest(commits)
-        for step in (step + 1, step + 2):
+        last = _newest(commits)
+        for step in (last + 1, last + 2):
             try:
                 commits.write(snapshot(step))
                 say(f"committed {step}")
@@ -137,7 +138,7 @@ def child(action: str, folder: str, told: str, gate: int) -> None:
     out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     os.read(gate, 1)
     try:
-        ACTIONS[action](Path(folder), lambda text: os.write(out, f"{text}\n".encode()) and None)
+        ACTIONS[action](Path(folder), lambda text: write_all(out, memoryview(f"{text}\n".encode())))
     except (AnytimedError, OSError, MemoryError) as error:
         os.write(out, f"ended {type(error).__name__}: {error}\n".encode())
         os._exit(2)

@@ -99,10 +99,10 @@ def test_killed_at_a_call_of_retention(tmp_path: Path, victim: Victim, injected:
         with acquired(folder) as run:
             commits = Commits(run)
             commits.newest()
-            for step in (step + 1, step + 2, step + 3):
+            for _ in range(3):
+                step += 1
                 commits.write(snapshot(step))
-            before = len(list(run.commits.iterdir()))
-            assert before == 5
+            assert len(list(run.commits.iterdir())) == 5
         killed = victim.run("retain", folder, f"{call}:signal=SIGKILL:when={n}", trace=call)
         assert killed.killed, (call, n)
         with next_start(folder) as run:
@@ -124,20 +124,28 @@ def test_killed_at_a_call_of_retention(tmp_path: Path, victim: Victim, injected:
 def test_killed_at_a_call_of_the_sweep_after_it(tmp_path: Path, victim: Victim, injected: Injected) -> None:
     """Leftovers of a killed commit and a killed deletion; the start that sweeps them is killed as well."""
     folder = tmp_path / "run"
-    step = begun(folder, 3)
+    step = begun(folder)
 
     def leftovers() -> None:
-        for action, call in (("retain", "rmdir:signal=SIGKILL:when=1"), ("commit", "rename:signal=SIGKILL:when=2")):
-            victim.run(action, folder, call)
+        victim.here("hold", folder)
+        for action, inject in (
+            ("save", None),
+            ("save", "rename:signal=SIGKILL:when=1"),
+            ("tidy", "rmdir:signal=SIGKILL:when=1"),
+        ):
+            assert victim.run(action, folder, inject).killed == (inject is not None)
+        victim.here("release", folder)
+        kinds = {p.name[:5] for p in (folder / "commits").iterdir() if p.name.startswith(".")}
+        assert kinds == {".tmp-", ".del-"}
 
     leftovers()
     undisturbed = victim.run("start", folder, trace=TRACED)
+    step = found_by_a_start(folder, step + 1, step + 1)
     for call, n in points(undisturbed, 8, TRACED):
         leftovers()
-        assert any(p.name.startswith(".tmp-") for p in (folder / "commits").iterdir())
         killed = victim.run("start", folder, f"{call}:signal=SIGKILL:when={n}", trace=call)
         assert killed.killed, (call, n)
-        assert found_by_a_start(folder, step, step) == step
+        step = found_by_a_start(folder, step + 1, step + 1)
         injected(1, f"start: {call} {n}, {killed.hit}")
 
 
