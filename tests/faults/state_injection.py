@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -62,8 +63,13 @@ class Outcome:
 
     def last(self, promise: str) -> int | None:
         """The number of the last promise of that kind."""
-        numbers = [int(line.split()[1]) for line in self.told if line.split()[0] == promise]
-        return numbers[-1] if numbers else None
+        return last(self.told, promise)
+
+
+def last(told: Sequence[str], promise: str) -> int | None:
+    """The number of the last promise of that kind, as in "committed 7"."""
+    numbers = [int(line.split()[1]) for line in told if line.split()[0] == promise]
+    return numbers[-1] if numbers else None
 
 
 def named(line: str) -> str:
@@ -103,13 +109,12 @@ class Victim:
         self,
         action: str,
         folder: Path,
-        inject: str | None = None,
-        *,
+        *inject: str,
         trace: str = CHANGING,
         before: Callable[[int], object] = lambda pid: None,
         during: Callable[[int, Iterator[str], Path], object] | None = None,
     ) -> Outcome:
-        """Let a child do the action under strace. `inject`: as `strace -e inject=` takes it. `before` is called with
+        """Let a child do the action under strace. `inject`: as `strace -e inject=` takes them. `before` is called with
         the pid before it begins; `during` with pid, strace's lines as they come, and the file of promises, while it
         runs."""
         self._runs += 1
@@ -118,7 +123,7 @@ class Victim:
         pid = self._answer()
         os.mkfifo(traced)
         command = [self._strace, "-p", str(pid), "-y", "-s", "16", "-o", str(traced), "-e", f"trace={trace}"]
-        command += ["-e", f"inject={inject}"] if inject else []
+        command += [argument for fault in inject for argument in ("-e", f"inject={fault}")]
         strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             with traced.open() as lines:
@@ -131,6 +136,9 @@ class Victim:
                     during(pid, iter(lines), told)
                 calls = [line for line in lines if _CALL.match(line)]
                 code = self._answer()
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)  # stopped, perhaps: it would never end
+            raise
         finally:
             strace.kill()
             strace.communicate()

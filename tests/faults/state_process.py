@@ -23,6 +23,7 @@ from anytimed.contracts import AnytimedError
 from anytimed.storage.commits import Commits
 from anytimed.storage.durable import write_all
 from anytimed.storage.journal import Journal
+from anytimed.storage.pull import pull
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.spool import Spool
 from tests.storage.material import content, snapshot
@@ -51,6 +52,7 @@ def _newest(commits: Commits) -> int:
 def commit(folder: Path, say: Say) -> None:
     """A start, a commit, the retention after it."""
     with acquired(folder) as run:
+        say(f"acquired {run.term}")
         commits = _commits(run)
         step = _newest(commits) + 1
         commits.write(snapshot(step))
@@ -105,6 +107,12 @@ def spool(folder: Path, say: Say) -> None:
         say(f"spooled {run.term}")
 
 
+def fetch(folder: Path, say: Say) -> None:
+    """Pull the newest of what is published beside the folder's own filesystem."""
+    pulled = pull((folder / "url").read_text(), folder / "to")
+    say(f"pulled {pulled.manifest.seq}")
+
+
 def save(folder: Path, say: Say) -> None:
     """A commit in a run that the parent has acquired."""
     commits = _commits(HELD[0])
@@ -130,7 +138,10 @@ def release(folder: Path, say: Say) -> None:
 HELD: list[RunDirectory] = []
 """The run between `hold` and `release`."""
 
-ACTIONS = {a.__name__: a for a in (commit, commit_twice, start, retain, append, spool, save, tidy, hold, release)}
+ACTIONS = {
+    action.__name__: action
+    for action in (commit, commit_twice, start, retain, append, spool, fetch, save, tidy, hold, release)
+}
 
 
 def child(action: str, folder: str, told: str, gate: int) -> None:
