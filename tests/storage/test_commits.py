@@ -282,11 +282,11 @@ def test_retention_reads_a_commit_once_only(run: RunDirectory, monkeypatch: pyte
     made = [write(Commits(run), step) for step in range(1, 4)]
     read: list[Path] = []
 
-    def counted(path: Path) -> tuple[int, str]:
+    def counted(path: Path, *, from_disk: bool) -> tuple[int, str]:
         read.append(path)
-        return digest_of(path)
+        return digest_of(path, from_disk=from_disk)
 
-    monkeypatch.setattr("anytimed.storage.commits.digest_of", counted)
+    monkeypatch.setattr("anytimed.storage.commit.digest_of", counted)
     commits = again(run)
     commits.retain(2)
     assert {path.parent for path in read} == {commit.path for commit in made[1:]}

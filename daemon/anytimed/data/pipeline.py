@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anytimed.contracts import (
+    AnytimedError,
     Batch,
     Holdout,
     Journal,
@@ -121,6 +122,7 @@ class Pipeline:
         self._finished: dict[str, dict[str, str]] = {}
         self._is_dry = False
         self._nothing_new = False
+        self._undecided: str | None = None
 
     # --- before the first batch ---------------------------------------------------------------------------------------
 
@@ -162,17 +164,26 @@ class Pipeline:
     def poll(self) -> int:
         """Ask the sources for new data; journal and adopt it. The number of new entries; 0 during a replay.
 
-        A source that does not answer is passed over (`Dry` tells of it). Raises Refused where read data has changed.
+        A source that does not answer is passed over (`Dry` tells of it), and so is what the journal cannot take for now
+        (`status` tells of it). Raises Refused where read data has changed.
         """
         if self._replaying:
             return 0
-        found = 0
+        found, undecided = 0, None
         for name, cursor in self._cursors.items():
             if entries := cursor.discover():
-                self._decide({"kind": "discovered", "draw": self._draw, "source": name, "entries": entries})
+                try:
+                    self._decide({"kind": "discovered", "draw": self._draw, "source": name, "entries": entries})
+                except Refused:
+                    raise
+                except AnytimedError as error:
+                    # A full disk, say: what was not decided is found again by the next poll.
+                    undecided = f"source {name}: {len(entries)} new entries wait: {error}"
+                    continue
                 cursor.adopt(entries)
                 found += len(entries)
-        self._nothing_new = self._is_dry and not found
+        self._undecided = undecided
+        self._nothing_new = self._is_dry and not found and undecided is None
         return found
 
     def next_batch(self) -> Batch | Dry:
@@ -192,7 +203,8 @@ class Pipeline:
         self._stop.set()
 
     def status(self) -> Json:
-        """Per source: entries adopted, bytes not yet read, records; and whether decisions are being replayed."""
+        """Per source: entries adopted, bytes not yet read, records; whether decisions are being replayed; `undecided`:
+        why found data cannot be adopted for now, or None."""
         sources: dict[str, Any] = {}
         for name, cursor in self._cursors.items():
             at = self._sources[name]
@@ -205,7 +217,13 @@ class Pipeline:
                 "tokens": at.tokens,
                 "unavailable": cursor.undiscovered,
             }
-        return {"sources": sources, "draw": self._draw, "block": self._block, "replaying": self._replaying}
+        return {
+            "sources": sources,
+            "draw": self._draw,
+            "block": self._block,
+            "replaying": self._replaying,
+            "undecided": self._undecided,
+        }
 
     # --- one block ----------------------------------------------------------------------------------------------------
 

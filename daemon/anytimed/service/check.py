@@ -41,7 +41,9 @@ def check(config: Config) -> Iterator[Finding]:
     for name, stream in parts.streams.items():
         yield _tried(f"source {name}", partial(_read, stream))
     yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
-    yield _tried("exports", lambda: _write(config))
+    yield _tried("exports", lambda: _probe(Store(config.exports.url, config.exports.storage_options)))
+    if (mirror := config.commits.mirror_url) is not None:
+        yield _tried("mirror", lambda: _probe(Store(mirror, config.commits.mirror_storage_options)))
     try:
         found = footprint(parts, _device(config))
     except ConfigError as error:
@@ -123,13 +125,12 @@ def _directory(path: Path) -> str:
     return f"{path}: writable, " + ("holds a run to resume" if known else "a new run would begin")
 
 
-def _write(config: Config) -> str:
-    store = Store(config.exports.url, config.exports.storage_options)
+def _probe(store: Store) -> str:
     key, content = f"check-{uuid.uuid4().hex}", b"anytimed check"
     store.replace(key, content)
     try:
         if store.read(key, 100) != content:
-            raise AnytimedError(f"{config.exports.url}: what was written does not read back the same")
+            raise AnytimedError(f"{store.url}: what was written does not read back the same")
     finally:
         store.delete(key)
-    return f"{config.exports.url}: written, read back and removed a probe"
+    return f"{store.url}: written, read back and removed a probe"

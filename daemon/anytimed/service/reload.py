@@ -9,7 +9,11 @@ from anytimed.service.assembly import parts_of
 LIVE_TABLES = ("logging", "evaluation", "commits", "exports")
 """Tables whose keys may change between two steps: they leave the numbers of the training alone."""
 
-FIXED_KEYS = {"exports": ("url", "storage_options", "max_shard_bytes"), "evaluation": ("batch_size",)}
+FIXED_KEYS = {
+    "exports": ("url", "storage_options", "max_shard_bytes"),
+    "commits": ("mirror_url", "mirror_storage_options"),
+    "evaluation": ("batch_size",),
+}
 """Their keys that may not."""
 
 

@@ -63,9 +63,18 @@ def write_durably(path: Path, data: bytes) -> tuple[int, str]:
     return written
 
 
-def digest_of(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 (hex) of a file's content."""
+def forget_cached(file: int) -> None:
+    """Ask the kernel to drop what memory holds of an open file, so that the next read is of the disk. What is not
+    written back yet stays."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def digest_of(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+    """Size in bytes and SHA-256 (hex) of a file's content. `from_disk`: not from what memory still holds of it."""
     with path.open("rb") as file:
+        if from_disk:
+            forget_cached(file.fileno())
         digest = hashlib.file_digest(file, "sha256")
         return file.tell(), digest.hexdigest()
 

@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from anytimed.contracts import AnytimedError, Json, Refused, chain
@@ -42,6 +43,16 @@ class Journal:
         except BaseException:
             os.close(self._file)
             raise
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that are durable: whole lines, and what stands there never changes."""
+        with self._lock:
+            return self._size
 
     def append(self, scope: str, entry: Json) -> None:
         """Durable when this returns. Raises AnytimedError where it cannot be made so; the entry then does not count."""
@@ -96,38 +107,20 @@ class Journal:
 
     def _load(self) -> int:
         """Read and check all lines; the size of the file after what was torn has been cut off."""
-        with self._path.open("rb") as file:
-            at = 0
-            for number, line in enumerate(file, 1):
-                # A power cut leaves a line without its end, or zero bytes where a block never arrived.
-                if (not line.endswith(b"\n") or b"\0" in line) and not file.peek(1):
-                    log.warning(
-                        "%s: line %d was torn by a crash and is dropped (%d bytes)", self._path, number, len(line)
-                    )
-                    os.ftruncate(self._file, at)
-                    os.fsync(self._file)
-                    break
-                self._check(number, line)
-                at += len(line)
+        at = 0
+        for number, line, last in _lines(self._path):
+            if last and _torn(line):
+                log.warning("%s: line %d was torn by a crash and is dropped (%d bytes)", self._path, number, len(line))
+                os.ftruncate(self._file, at)
+                os.fsync(self._file)
+                break
+            scope, entry, digest = _checked(f"{self._path} line {number}", line, self._ends)
+            self._remember(scope, json.dumps(entry, separators=(",", ":")), digest)
+            at += len(line)
         return at
 
-    def _check(self, number: int, line: bytes) -> None:
-        where = f"{self._path} line {number}"
-        hint = "restore the file from a copy, or start over with --fresh"
-        try:
-            told = json.loads(line)
-            scope, n, found, entry = told["scope"], told["n"], told["digest"], told["entry"]
-            if zlib.crc32(line.rpartition(b',"crc":')[0]) != told["crc"]:
-                raise ValueError(f"its bytes have another checksum than {told['crc']}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(f"{where}: no journal entry ({error}); {hint}") from error
-        expected = chain(self.digest(scope), entry)
-        if n != self.length(scope) + 1 or found != expected:
-            raise Refused(
-                f"{where}: entry {n} of {scope} with digest {found}; expected entry {self.length(scope) + 1} "
-                f"with {expected}; the chain is broken: {hint}"
-            )
-        self._remember(scope, json.dumps(entry, separators=(",", ":")), found)
+    def _ends(self, scope: str) -> tuple[int, str]:
+        return self.length(scope), self.digest(scope)
 
     def _remember(self, scope: str, text: str, digest: str) -> None:
         self._entries.setdefault(scope, []).append(text)
@@ -139,3 +132,53 @@ class Journal:
             os.ftruncate(self._file, self._size)
         except OSError:
             self._failed = self._failed or f"write: {error.strerror}"
+
+
+def check_lines(path: Path) -> tuple[int, int]:
+    """Check every line of a journal, without opening it for anything else: bytes that are whole, bytes at the end that
+    are no whole line. Raises Refused naming the first line that is broken; OSError."""
+    ends: dict[str, tuple[int, str]] = {}
+    whole = 0
+    for number, line, last in _lines(path):
+        if last and _torn(line):
+            return whole, len(line)
+        scope, _, digest = _checked(f"{path} line {number}", line, lambda scope: ends.get(scope, (0, "")))
+        ends[scope] = ends.get(scope, (0, ""))[0] + 1, digest
+        whole += len(line)
+    return whole, 0
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """Number from 1, line, and whether it is the last, of the file as long as it is now: it may be growing."""
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size
+        number = 0
+        while left and (line := file.readline(left)):
+            left -= len(line)
+            number += 1
+            yield number, line, not left
+
+
+def _torn(line: bytes) -> bool:
+    """A power cut leaves a line without its end, or zero bytes where a block never arrived."""
+    return not line.endswith(b"\n") or b"\0" in line
+
+
+def _checked(where: str, line: bytes, ends: Callable[[str], tuple[int, str]]) -> tuple[str, Json, str]:
+    """Scope, entry and digest of a line that goes on where its scope ends (`ends`: length and digest of a scope)."""
+    hint = "restore the file from a copy, or start over with --fresh"
+    try:
+        told = json.loads(line)
+        scope, n, found, entry = told["scope"], told["n"], told["digest"], told["entry"]
+        if zlib.crc32(line.rpartition(b',"crc":')[0]) != told["crc"]:
+            raise ValueError(f"its bytes have another checksum than {told['crc']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{where}: no journal entry ({error}); {hint}") from error
+    length, digest = ends(scope)
+    expected = chain(digest, entry)
+    if n != length + 1 or found != expected:
+        raise Refused(
+            f"{where}: entry {n} of {scope} with digest {found}; expected entry {length + 1} "
+            f"with {expected}; the chain is broken: {hint}"
+        )
+    return scope, entry, found

@@ -104,8 +104,9 @@ class RunDirectory:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def acquire(self, at_least: int = 0) -> None:
+    def acquire(self, at_least: int = 0, run_id: str | None = None) -> None:
         """Become the one writer. `at_least`: a term that was published already; ours becomes higher than it.
+        `run_id`: of the run to go on with, where this directory holds nothing of its own yet.
 
         Raises Refused within a second where another process holds the run, naming it; ConfigError where the folder is
         something else; OSError.
@@ -121,7 +122,7 @@ class RunDirectory:
                     log.warning("%s: OWNER is damaged; run id and term are taken from the commits", self.path)
                 before = self._recovered()
             self._owner = Owner(
-                run_id=before.run_id if before else uuid.uuid4().hex,
+                run_id=run_id or (before.run_id if before else uuid.uuid4().hex),
                 term=max(before.term if before else 0, at_least) + 1,
                 pid=os.getpid(),
                 host=socket.gethostname(),
@@ -130,7 +131,7 @@ class RunDirectory:
             write_durably(self.path / "OWNER", json.dumps(asdict(self._owner)).encode() + b"\n")
             for folder in (self.commits, self.spool, self.quarantine / "commits", self.quarantine / "records"):
                 make_folders(folder)
-            for folder in (self.path, self.commits, self.spool):
+            for folder in (self.path, self.commits, self.spool, self.quarantine / "commits"):
                 self.sweep(folder)
         except BaseException:
             self.release()
