@@ -1,6 +1,6 @@
 """The process that faults of the local state are injected into: `python -m tests.faults.state_process`.
 
-It imports storage once, then reads commands, one JSON array a line: `["fork", action, folder, told, arguments...]`
+It imports storage once, then reads commands, one JSON array a line: `["fork", action, folder, told]`
 forks a child that waits at a gate, and answers its pid, so that strace can be attached; `["go", pid]` opens the gate,
 waits for the child's end, and answers how it ended. The child does the action in the folder and writes what it
 promises, line by line, into the file `told`: "committed 7" once that commit has been acknowledged, "failed ..." where
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from anytimed.storage.spool import Spool
 from tests.storage.material import content, snapshot
 
 Say = Callable[[str], None]
+
+GATE = signal.SIGUSR1
 
 _SPACIOUS = 1 << 50
 """What the disk is said to have free: the fault has to be met by the write, not by the look at the disk before it."""
@@ -144,14 +147,14 @@ ACTIONS = {
 }
 
 
-def child(action: str, folder: str, told: str, gate: int) -> None:
-    """The forked process: nothing of the parent's stdin and stdout is touched."""
-    out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    os.read(gate, 1)
+def child(action: str, folder: str, told: int) -> None:
+    """The forked process. Until the gate opens it makes no call about a file, so whenever strace is attached, the
+    first that it counts is the action's own."""
+    signal.sigwait([GATE])
     try:
-        ACTIONS[action](Path(folder), lambda text: write_all(out, memoryview(f"{text}\n".encode())))
+        ACTIONS[action](Path(folder), lambda text: write_all(told, memoryview(f"{text}\n".encode())))
     except (AnytimedError, OSError, MemoryError) as error:
-        os.write(out, f"ended {type(error).__name__}: {error}\n".encode())
+        os.write(told, f"ended {type(error).__name__}: {error}\n".encode())
         os._exit(2)
     except BaseException:  # noqa: BLE001 - a forked child must not return into the parent's loop
         traceback.print_exc()
@@ -160,23 +163,19 @@ def child(action: str, folder: str, told: str, gate: int) -> None:
 
 
 def main() -> None:
-    gates: dict[int, int] = {}
+    signal.pthread_sigmask(signal.SIG_BLOCK, [GATE])
     for line in sys.stdin:
         match json.loads(line):
-            case ["fork", action, folder, told]:
-                behind, gate = os.pipe()
-                pid = os.fork()
-                if pid == 0:
-                    os.close(gate)
-                    child(action, folder, told, behind)
-                os.close(behind)
-                gates[pid] = gate
-                answer = pid
+            case ["fork", str(action), str(folder), str(path)]:
+                told = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                answer = os.fork()
+                if answer == 0:
+                    child(action, folder, told)
+                os.close(told)
             case ["go", int(pid)]:
-                os.close(gates.pop(pid))
-                status = os.waitpid(pid, 0)[1]
-                answer = os.waitstatus_to_exitcode(status)
-            case ["here", action, folder]:
+                os.kill(pid, GATE)
+                answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            case ["here", str(action), str(folder)]:
                 ACTIONS[action](Path(folder), lambda text: None)
                 answer = 0
         print(json.dumps(answer), flush=True)
