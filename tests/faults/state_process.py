@@ -92,6 +92,7 @@ def retain(folder: Path, say: Say) -> None:
 def append(folder: Path, say: Say) -> None:
     """Three decisions; one that cannot be written is decided again."""
     journal = Journal(folder / "journal.jsonl")
+    say(f"appended {journal.length('data')}")  # what was read takes effect again
     for _ in range(3):
         number = journal.length("data") + 1
         try:
