@@ -74,7 +74,10 @@ def commit_twice(folder: Path, say: Say) -> None:
                 say(f"committed {step}")
             except AnytimedError as error:
                 say(f"failed {step} {type(error).__name__}: {error}")
-        commits.retain(2)
+        try:
+            commits.retain(2)
+        except (AnytimedError, OSError) as error:  # as the daemon does: it is tried again after the next commit
+            say(f"untidied 0 {error}")
 
 
 def start(folder: Path, say: Say) -> None:
