@@ -53,6 +53,7 @@ class PowerCut:
         self._folder, self._options = folder, options
         self._image = folder / "image"
         self._cuts = itertools.count(1)
+        self.disk = folder / "disk"
         folder.mkdir()
 
     @contextlib.contextmanager
@@ -63,9 +64,13 @@ class PowerCut:
             file.truncate(_IMAGE_BYTES)
         make = needs("mkfs.ext4", "apt-get install e2fsprogs")
         _do(make, "-q", "-F", "-b", "1024", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", self._image)
-        with mounted(self._image, self._folder / "disk", "ext4", f"loop,{self._options}".rstrip(",")) as disk:
+        with mounted(self._image, self.disk, "ext4", f"loop,{self._options}".rstrip(",")) as disk:
             self._device = _do("findmnt", "-n", "-o", "SOURCE", disk).strip()
             yield disk
+
+    def again(self) -> contextlib.AbstractContextManager[Path]:
+        """The filesystem, mounted once more after it was unmounted."""
+        return mounted(self._image, self.disk, "ext4", "loop")
 
     @contextlib.contextmanager
     def cut(self) -> Iterator[Path]:

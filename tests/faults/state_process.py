@@ -73,7 +73,7 @@ def commit_twice(folder: Path, say: Say) -> None:
                 commits.write(snapshot(step))
                 say(f"committed {step}")
             except AnytimedError as error:
-                say(f"failed {step} {type(error).__name__}: {error}")
+                say(f"failed {step} {type(error).__name__}: {error.__cause__ or error}")
         try:
             commits.retain(2)
         except (AnytimedError, OSError) as error:  # as the daemon does: it is tried again after the next commit
