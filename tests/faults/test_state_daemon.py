@@ -67,7 +67,7 @@ class Watched:
     def degraded(self, text: str) -> Json:
         return self.until(lambda s: any(text in problem for problem in s.get("degraded", [])))
 
-    def trains_on(self, steps: int = 30) -> Json:
+    def trains_on(self, steps: int = 10) -> Json:
         step = self.now()["step"]
         return self.until(lambda s: s["step"] >= step + steps or s["state"] == "waiting for data")
 
@@ -107,7 +107,7 @@ def assert_all_there(folder: Path, last: Json) -> None:
 @pytest.mark.fault(3)
 def test_a_full_disk_does_not_stop_the_training(tmp_path: Path, injected: Injected) -> None:
     """Commits, exports, the journal, status, metrics, notes of bad records and the log itself meet a full disk."""
-    tiny.write_text(tmp_path / "data", 4000)
+    tiny.write_text(tmp_path / "data", 600, words=600)
     for path in sorted((tmp_path / "data").iterdir())[::5]:
         path.write_bytes(b"\xff\xfe not text")
     with tmpfs(tmp_path / "disk", 48 << 20) as disk:
@@ -115,7 +115,7 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path: Path, injected: Inject
         (tmp_path / "run").symlink_to(disk / "run")
         with daemon(config, disk / "log") as process:
             watched = Watched(process, tmp_path)
-            watched.until(lambda s: s["commit"] is not None and s["step"] >= 30)
+            watched.until(lambda s: s["commit"] is not None and s["step"] >= 8)
             ballast = fill(disk)
             full = watched.degraded("bytes free, a commit needs")
             injected(3, "the daemon: commit")
@@ -132,9 +132,9 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path: Path, injected: Inject
             assert watched.trains_on()["step"] > full["step"]
             assert watched.now()["commit"] == full["commit"]
             assert watched.now()["last_commit_age_s"] > full["last_commit_age_s"]
-            assert watched.now()["sources"]["main"]["entries"] == 4000
+            assert watched.now()["sources"]["main"]["entries"] == 600
             ballast.unlink()
-            watched.until(lambda s: s["sources"]["main"]["entries"] == 4200)
+            watched.until(lambda s: s["sources"]["main"]["entries"] == 800)
             last = watched.well_again()
             assert last["commit"]["step"] > full["commit"]["step"]
             watched.stop()
@@ -144,11 +144,11 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path: Path, injected: Inject
 @pytest.mark.fault(5, 6)
 def test_a_disk_that_fails_for_a_while_degrades_the_daemon(tmp_path: Path, injected: Injected) -> None:
     """First the commits' folder is read-only, then every fsync of the running process fails."""
-    tiny.write_text(tmp_path / "data", 4000)
+    tiny.write_text(tmp_path / "data", 600, words=600)
     config = tiny.config(tmp_path, exports={"every_steps": 1000})
     with daemon(config, tmp_path / "log") as process:
         watched = Watched(process, tmp_path)
-        watched.until(lambda s: s["commit"] is not None and s["step"] >= 30)
+        watched.until(lambda s: s["commit"] is not None and s["step"] >= 8)
         commits = tmp_path / "run" / "commits"
         with mounted(commits, commits, "none", "bind"):
             remount(commits, "bind,ro")
@@ -171,7 +171,7 @@ def test_a_disk_that_fails_for_a_while_degrades_the_daemon(tmp_path: Path, injec
         finally:
             strace.send_signal(signal.SIGINT)  # it lets go of the daemon
             strace.wait()
-        watched.until(lambda s: s["sources"]["main"]["entries"] == 4020)
+        watched.until(lambda s: s["sources"]["main"]["entries"] == 620)
         last = watched.well_again()
         watched.stop()
     assert_all_there(tmp_path, last)
@@ -179,11 +179,11 @@ def test_a_disk_that_fails_for_a_while_degrades_the_daemon(tmp_path: Path, injec
 
 @pytest.mark.fault(5)
 def test_a_disk_that_fails_for_too_long_ends_the_daemon_with_1(tmp_path: Path, injected: Injected) -> None:
-    tiny.write_text(tmp_path / "data", 4000)
+    tiny.write_text(tmp_path / "data", 600, words=600)
     config = tiny.config(tmp_path, commits={"give_up_after_s": 3.0}, exports={"every_steps": 1000})
     with daemon(config, tmp_path / "log") as process:
         watched = Watched(process, tmp_path)
-        last = watched.until(lambda s: s["commit"] is not None and s["step"] >= 30)
+        last = watched.until(lambda s: s["commit"] is not None and s["step"] >= 8)
         strace = subprocess.Popen(
             [needs("strace", "apt-get install strace"), "-f", "-q", "-o", "/dev/null", "-e", "trace=fsync,fdatasync",
              "-e", "inject=fsync,fdatasync:error=EIO", "-p", str(process.pid)],

@@ -132,9 +132,7 @@ def test_a_second_daemon_is_refused_within_a_second(tmp_path: Path, paths: dict[
         for name, path in some(list(paths.items()), 2):
             second = tmp_path / f"second {name}"
             second.mkdir()
-            other = tiny.config(
-                second, run={"directory": str(path)}, **{"sources.main": {"url": str(tmp_path / "data/*.txt")}}
-            )
+            other = tiny.config(second, run={"directory": str(path)})
             before = RunDirectory(path).owner()
             told = tiny.run("run", other, expect=3)
             assert f"pid {process.pid} on {os.uname().nodename}" in told, told
