@@ -8,6 +8,7 @@ again, the next commit stands, and so it does in the same process.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -17,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from anytimed.contracts import Rejected
+from anytimed.service.metrics import Metrics
+from anytimed.service.quarantine import Quarantine
 from anytimed.storage.commits import Commits
 from anytimed.storage.journal import Journal
 from tests.faultlog import FULL, Injected
@@ -103,6 +107,37 @@ def test_a_full_disk_costs_entries_until_there_is_space(tmp_path: Path, victim: 
             again = victim.run("append", disk)
             assert promised(again) == ["appended"] * 4
             length += 3
+
+
+@pytest.mark.fault(3, 4)
+def test_figures_and_notes_on_a_full_disk_stay_whole_lines(tmp_path: Path, injected: Injected) -> None:
+    with tmpfs(tmp_path / "disk", 32 * PAGE) as disk:
+        metrics = Metrics(disk / "metrics.jsonl", disk / "status.json")
+        notes = Quarantine(disk)
+        ballast, records, told = disk / "ballast", 0, 0
+        for turn in range(12 if FULL else 3):
+            for full in (False, True):
+                if full:
+                    ballast.write_bytes(bytes(os.statvfs(disk).f_bavail * PAGE))
+                failed = set()
+                for _ in range(60 + turn):
+                    records += 1
+                    metrics.write("step", step=records)
+                    notes("main", {"at": records}, Rejected("no text", "d" * 64))
+                    metrics.show({"state": "x" * PAGE if full else "training"})
+                    failed |= {bool(metrics.failed), bool(notes.failed)}
+                assert failed == ({False, True} if full else {False}), failed
+            for file in ("metrics.jsonl", "main.jsonl"):
+                lines = (disk / file).read_bytes().splitlines(keepends=True)
+                assert all(line.endswith(b"\n") and json.loads(line) for line in lines)
+                assert len(lines) > told
+            told = len(lines)
+            assert json.loads((disk / "status.json").read_bytes()) == {"state": "training"}
+            ballast.unlink()
+            injected(3, f"metrics, notes and status, turn {turn}")
+            injected(4, f"metrics, notes and status, turn {turn}")
+        (disk / "main.jsonl").write_bytes((disk / "main.jsonl").read_bytes() + b'{"place": {"at"')
+        Quarantine(disk)("main", {"at": 0}, Rejected("no text", "d" * 64))  # a torn note is passed over
 
 
 @pytest.mark.fault(4)
