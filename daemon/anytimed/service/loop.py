@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from anytimed.contracts import AnytimedError, Batch, HostTensor, Json, Snapshot
+from anytimed.contracts import AnytimedError, Batch, HostTensor, Json, Snapshot, StepReport
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
 from anytimed.service.board import Board
@@ -57,6 +57,7 @@ class Daemon:
         self._position, self._holdout, self._read = session.position, session.position.holdout, session.position.sources
         self._parent = session.parent
         self._state = State.TRAINING
+        self._skips: list[StepReport] = []
         self._give_up = self._hung_up = False
         self._systemd = Systemd()
         self._standing, self._published_x = session.standing, dict[str, HostTensor]()
@@ -187,11 +188,20 @@ class Daemon:
     def _report(self) -> None:
         """Read what the steps since the last report did, journal the skipped ones, refresh every view."""
         reports = self._learner.reports()
-        for report in reports:
-            if report.skipped:
-                self._session.skip(report)
+        self._skips += [report for report in reports if report.skipped]
+        self._journal_skips()
         self._board.stepped(reports)
         self._tell()
+
+    def _journal_skips(self) -> None:
+        """What the journal cannot take for now waits: a skip repeats itself at the same step of a replay."""
+        try:
+            while self._skips:
+                self._session.skip(self._skips[0])
+                del self._skips[0]
+            self._board.problem("journal", None)
+        except AnytimedError as error:
+            self._board.problem("journal", f"{len(self._skips)} skipped steps are not journalled yet: {error}")
 
     def _snapshot(self) -> Snapshot:
         self._report()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anytimed.contracts import Json
+from anytimed.storage.durable import append_line
 
 
 class Metrics:
@@ -39,8 +40,7 @@ class Metrics:
         told = {key: _json(value) for key, value in values.items()}
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **told}, separators=(",", ":"))
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(self._path, line.encode() + b"\n")
             self._failures.pop(self._path, None)
         except OSError as error:
             self._failures[self._path] = f"{self._path}: {error}"

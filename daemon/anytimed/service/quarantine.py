@@ -6,12 +6,14 @@ stream does not fill the disk either: at MAX_BYTES a source's file grows no furt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from anytimed.contracts import Json, Rejected
+from anytimed.storage.durable import append_line
 
 log = logging.getLogger("anytimed")
 
@@ -34,11 +36,10 @@ class Quarantine:
                 return
             log.warning("source %s: a record cannot be read: %s; noted in %s", source, rejected.reason, path)
             self._folder.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                if file.tell() >= MAX_BYTES:
-                    self.failed = f"{path}: {MAX_BYTES} bytes of bad records; no more are noted: move the file away"
-                    return
-                file.write(json.dumps(told) + "\n")
+            if path.exists() and path.stat().st_size >= MAX_BYTES:
+                self.failed = f"{path}: {MAX_BYTES} bytes of bad records; no more are noted: move the file away"
+                return
+            append_line(path, json.dumps(told).encode() + b"\n")
             self._seen[source].add(_key(told))
             self.failed = None
         except OSError as error:
@@ -46,8 +47,12 @@ class Quarantine:
 
     def _noted(self, source: str, path: Path, told: Json) -> bool:
         if source not in self._seen:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            self._seen[source] = {_key(json.loads(line)) for line in lines if line.endswith("}")}
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            seen: set[str] = set()
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a power cut has torn
+                    seen.add(_key(json.loads(line)))
+            self._seen[source] = seen
         return _key(told) in self._seen[source]
 
 

@@ -21,8 +21,10 @@ NAME = re.compile(r"([0-9]{6,12})-([0-9]{10,15})")
 """<seq>-<step>, the name of a commit's folder."""
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-_TEMPORARY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EINTR})
-"""What says something about this process, nothing about the commit that it tried to read."""
+_ROTTEN = getattr(errno, "EUCLEAN", errno.EIO)  # Linux: "structure needs cleaning"
+_DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EBADMSG, _ROTTEN})
+"""What says that the stored bytes are gone or rotten. Any other error says something about this process or this moment
+(no descriptors, no memory, no permission, a file server that is away), and nothing about the commit."""
 
 
 class Damaged(CorruptError):
@@ -102,6 +104,6 @@ def read_commit(path: Path, *, from_disk: bool = False) -> Commit:
 
 
 def unreadable(path: Path, error: OSError, expected: str) -> AnytimedError:
-    if error.errno in _TEMPORARY_ERRORS:
+    if error.errno not in _DAMAGE:
         raise AnytimedError(f"{path}: cannot be read now: {error.strerror}; nothing was judged or moved") from error
     return Damaged(path, expected, error.strerror or str(error))

@@ -212,8 +212,10 @@ class Commits:
         """Whatever fails within leaves nothing of the attempt; the system's errors become CommitFailed."""
         try:
             yield
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             shutil.rmtree(attempt, ignore_errors=True)
+            if isinstance(error, MemoryError):
+                raise CommitFailed(f"{final}: not committed: no memory; the commits before it stand") from error
             raise CommitFailed(
                 f"{final}: not committed: {error.strerror or error} ({error.filename or attempt}); "
                 f"the commits before it stand. Free space, or look at the disk"

@@ -7,6 +7,7 @@ fsynced. A name that was made, renamed or removed is durable only once its folde
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -61,6 +62,16 @@ def write_durably(path: Path, data: bytes) -> tuple[int, str]:
         temporary.rename(path)
     fsync_folder(path.parent)
     return written
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line as a whole, or nothing of it; not fsynced. Raises OSError. For figures and notes: half a line on a
+    full disk would spoil the next one as well."""
+    with path.open("ab", buffering=0) as file:
+        at = file.seek(0, os.SEEK_END)
+        if file.write(line) != len(line):
+            file.truncate(at)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def forget_cached(file: int) -> None:

@@ -4,7 +4,8 @@ One JSON object a line: {"scope", "n", "digest", "entry", "crc"}; entries of a s
 by digest (`contracts.chain`), `crc` is the CRC-32 of the line before it. Opening reads and checks every line. A last
 line that never reached the disk as a whole is dropped and logged: its append never returned. Any other line that does
 not fit is refused, for replaying past it would train something else. An append is one write and one fsync under a
-lock.
+lock. After a failed fsync the file is never written again: the next append first puts a copy of what was durable in
+its place.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from pathlib import Path
 
 from anytimed.contracts import AnytimedError, Json, Refused, chain
 
-from .durable import fsync_folder, write_all
+from .durable import fsync_folder, write_all, write_durably
 
 log = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 512
+"""Disks write no less at a time."""
 
 
 class Journal:
@@ -34,6 +38,8 @@ class Journal:
         self._entries: dict[str, list[str]] = {}
         self._digests: dict[str, list[str]] = {}
         self._failed = ""
+        self._closed = False
+        self._crc = 0
         new = not path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -55,12 +61,15 @@ class Journal:
             return self._size
 
     def append(self, scope: str, entry: Json) -> None:
-        """Durable when this returns. Raises AnytimedError where it cannot be made so; the entry then does not count."""
+        """Durable when this returns. Raises AnytimedError where it cannot be made so for now; the entry then does not
+        count, and may be appended again later."""
         # What is kept is what a later reader gets back: JSON turns tuples into lists and keys into texts.
         text = json.dumps(entry, separators=(",", ":"))
         with self._lock:
+            if self._closed:
+                raise AnytimedError(f"{self._path}: closed; no entry can be added")
             if self._failed:
-                raise AnytimedError(f"{self._path}: closed after an earlier failure ({self._failed}); restart to go on")
+                self._renew()
             digest = chain(self.digest(scope), json.loads(text))
             told = {"scope": scope, "n": self.length(scope) + 1, "digest": digest}
             body = f'{json.dumps(told, separators=(",", ":"))[:-1]},"entry":{text}'.encode()
@@ -78,6 +87,7 @@ class Journal:
                 self._take_back(error)
                 raise AnytimedError(f"{self._path}: entry not durable: {error.strerror}") from error
             self._size += len(line)
+            self._crc = zlib.crc32(line, self._crc)
             self._remember(scope, text, digest)
 
     def entries(self, scope: str) -> list[Json]:
@@ -99,9 +109,9 @@ class Journal:
     def close(self) -> None:
         """No append after this."""
         with self._lock:
-            if not self._failed:
+            if not self._closed:
                 os.close(self._file)
-            self._failed = self._failed or "closed"
+            self._closed = True
 
     # --- within ---
 
@@ -109,15 +119,39 @@ class Journal:
         """Read and check all lines; the size of the file after what was torn has been cut off."""
         at = 0
         for number, line, last in _lines(self._path):
-            if last and _torn(line):
+            if last and _torn(line, at):
                 log.warning("%s: line %d was torn by a crash and is dropped (%d bytes)", self._path, number, len(line))
                 os.ftruncate(self._file, at)
-                os.fsync(self._file)
                 break
             scope, entry, digest = _checked(f"{self._path} line {number}", line, self._ends)
             self._remember(scope, json.dumps(entry, separators=(",", ":")), digest)
             at += len(line)
+            self._crc = zlib.crc32(line, self._crc)
+        # A process that was killed between write and fsync leaves a whole line that is in memory only.
+        os.fsync(self._file)
         return at
+
+    def _renew(self) -> None:
+        """After a failure that leaves the file's state unknown: a new file with the lines that were durable, byte for
+        byte, takes its place. Raises AnytimedError where that cannot be done for now."""
+        try:
+            with self._path.open("rb") as old:
+                durable = old.read(self._size)
+            if len(durable) != self._size or zlib.crc32(durable) != self._crc:
+                raise AnytimedError(
+                    f"{self._path}: closed after an earlier failure ({self._failed}), and its first {self._size} bytes "
+                    "are no longer what was written; look at the disk, and restart to go on"
+                )
+            write_durably(self._path, durable)
+            file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise AnytimedError(
+                f"{self._path}: closed after an earlier failure ({self._failed}), and no new file can take its place "
+                f"yet: {error.strerror}"
+            ) from error
+        log.warning("%s: a new file with all its entries, after an earlier failure (%s)", self._path, self._failed)
+        os.close(self._file)
+        self._file, self._failed = file, ""
 
     def _ends(self, scope: str) -> tuple[int, str]:
         return self.length(scope), self.digest(scope)
@@ -140,7 +174,7 @@ def check_lines(path: Path) -> tuple[int, int]:
     ends: dict[str, tuple[int, str]] = {}
     whole = 0
     for number, line, last in _lines(path):
-        if last and _torn(line):
+        if last and _torn(line, whole):
             return whole, len(line)
         scope, _, digest = _checked(f"{path} line {number}", line, lambda scope: ends.get(scope, (0, "")))
         ends[scope] = ends.get(scope, (0, ""))[0] + 1, digest
@@ -159,9 +193,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
             yield number, line, not left
 
 
-def _torn(line: bytes) -> bool:
-    """A power cut leaves a line without its end, or zero bytes where a block never arrived."""
-    return not line.endswith(b"\n") or b"\0" in line
+def _torn(line: bytes, at: int) -> bool:
+    """A crash leaves a line without its end, a power cut zero bytes where a block never arrived. A whole entry with
+    another byte in place of its end, or a zero elsewhere, was damaged later, and may have taken effect: not torn."""
+    zero = line.find(b"\0")
+    if zero == 0 or (zero > 0 and (at + zero) % _BLOCK_BYTES == 0):
+        return True
+    body, _, crc = line[:-2].rpartition(b',"crc":')
+    return not line.endswith(b"\n") and crc != b"%d" % zlib.crc32(body)
 
 
 def _checked(where: str, line: bytes, ends: Callable[[str], tuple[int, str]]) -> tuple[str, Json, str]:

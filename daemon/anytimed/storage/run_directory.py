@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from anytimed.contracts import AnytimedError, ConfigError, Refused
+from anytimed.contracts import AnytimedError, ConfigError, Json, Refused
 
 from .durable import fsync_folder, make_folders, write_durably
 
@@ -103,6 +104,8 @@ class RunDirectory:
         """What OWNER says, whether or not its process still runs; None where it is missing or damaged."""
         try:
             told = json.loads((self.path / "OWNER").read_bytes())
+            if told["digest"] != _digest(told):
+                return None
             return Owner(
                 str(told["run_id"]), int(told["term"]), int(told["pid"]), str(told["host"]), str(told["started"])
             )
@@ -133,7 +136,8 @@ class RunDirectory:
                 host=socket.gethostname(),
                 started=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
             )
-            write_durably(self.path / "OWNER", json.dumps(asdict(self._owner)).encode() + b"\n")
+            told = asdict(self._owner)
+            write_durably(self.path / "OWNER", json.dumps({**told, "digest": _digest(told)}).encode() + b"\n")
             kept = ("commits", "records", "exports")
             for folder in (self.commits, self.spool, *(self.quarantine / name for name in kept)):
                 make_folders(folder)
@@ -265,6 +269,12 @@ class RunDirectory:
             terms = [run.owner() or run._recovered() for run in aside]
             found = [Owner(uuid.uuid4().hex, known.term, 0, "", "") for known in terms if known]
         return max(found, key=lambda owner: owner.term, default=None)
+
+
+def _digest(told: Json) -> str:
+    """Of what OWNER says: a term that rotted into a lower one would order new commits before old ones."""
+    rest = {key: value for key, value in told.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _number(path: Path) -> int:
