@@ -20,7 +20,7 @@ from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.mirror import Mirror, TermTaken
 from anytimed.storage.mirror_reader import look
 from anytimed.storage.run_directory import RunDirectory
-from anytimed.storage.store import Store
+from anytimed.storage.store import Store, StoreError
 from tests.storage import object_store
 from tests.storage.material import flip, snapshot, tree
 
@@ -140,6 +140,35 @@ def test_a_bad_one_in_the_mirror_is_passed_over_for_the_one_before(
     assert (found.taken, step_of(found)) == ("mirror", 1)
     assert "rejected a commit in the mirror" in caplog.text and "state.json: expected" in caplog.text
     assert not list(new.run.path.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("file", ["state.json", "mirror.json", "MANIFEST.json"])
+def test_if_none_in_the_mirror_verifies_nothing_is_begun(machine: Machine, tmp_path: Path, url: str, file: str) -> None:
+    for commit in (tmp_path / "mirror" / "commits").iterdir():
+        flip(commit / file, 30)
+    new = Machine(tmp_path / "new", url)
+    for _ in range(2):
+        with pytest.raises(Refused, match=rf"none in the mirror verifies: .*{file}.*--fresh") as caught:
+            new.start()
+        assert caught.value.exit_code == 3
+    assert list(new.run.commits.iterdir()) == [] and new.start(fresh=True).commit is None
+
+
+def test_a_store_that_breaks_down_in_the_middle_is_worth_another_start(
+    machine: Machine, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Machine(tmp_path / "other", url)
+    other.start()
+    other.commit(9)
+
+    def broken(self: Store, key: str, size: int) -> object:
+        raise StoreError(f"{key}: connection reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "download", broken)
+        with pytest.raises(StoreError, match="connection reset"):
+            machine.start()  # its own commit 2 would be a step back, and would count as newer
+    assert step_of(machine.start()) == 9
 
 
 @pytest.mark.parametrize("how", ["missing", "shorter", "broken"])

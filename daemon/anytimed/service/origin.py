@@ -63,6 +63,7 @@ class Sources:
         self._store: Store | None = None
         self._mirror: Mirror | None = None
         self._problem: str | None = None
+        self._rejected: list[str] = []
         if table.mirror_url is not None:
             self._store = Store(table.mirror_url, table.mirror_storage_options)
             self._mirror = Mirror(self._store, run)
@@ -81,6 +82,7 @@ class Sources:
             return
         for told in seen.passed_over:
             log.warning("passed over in the mirror: %s", told)
+        self._rejected += seen.passed_over
         run = self._run
         run_id = None
         if seen.run_id not in (None, run.run_id) and not fresh:
@@ -98,7 +100,7 @@ class Sources:
         """The newest commit that verifies and the journal that it needs, both in place.
 
         Raises Refused where commits exist and none verifies, or another process claimed the mirror; AnytimedError
-        where nothing is here and the mirror does not answer.
+        where nothing is here and the mirror does not answer, or a newer commit there cannot be fetched.
         """
         self._claim()
         commits = Commits(self._run)
@@ -120,6 +122,11 @@ class Sources:
             )
         elif refusal is not None:
             raise refusal
+        elif local is None and self._rejected and not fresh:
+            raise Refused(
+                f"{self._run.path}: no commit here, and none in the mirror verifies: {'; '.join(self._rejected)}. "
+                "Nothing was changed. Restore one from a copy, or begin a new run with --fresh"
+            )
         elif local is not None:
             self._fit_journal(needs(local))
         taken = "mirror" if fetched else "local" if local is not None else ""
@@ -171,12 +178,9 @@ class Sources:
                     fetch_commit(self._store, manifest, commits, _telling(), before=put_in_place)
             except (CorruptError, MissingKey) as error:
                 log.warning("rejected a commit in the mirror: %s", error)
+                self._rejected.append(str(error))
                 continue
-            except StoreError as error:
-                if local is None:
-                    raise
-                self._problem = f"mirror: {error}"
-                return False
+            # A store that breaks down now is worth another start: going on from an older commit would drop this one.
             return True
         return False
 
