@@ -38,6 +38,7 @@ check: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/export_stall.py
+	$(BIN)/python benchmarks/commit.py
 	$(BIN)/python benchmarks/optimizer.py
 
 # torch first and alone: it is the large one, and the constraint names the exact version that every later resolve keeps.

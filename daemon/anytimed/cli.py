@@ -1,8 +1,8 @@
 """The command line: the only module that sees everything.
 
-Commands that read (`status`, `list`, `pull`) import no torch. A failure that a person can act on is one message on
-standard error and the exit code of its kind: 1 failure, 2 bad usage or config, 3 refused, 4 pulled an older checkpoint
-than the newest."""
+Commands that read (`status`, `list`, `pull`, `verify`) import no torch. A failure that a person can act on is one
+message on standard error and the exit code of its kind: 1 failure, 2 bad usage or config, 3 refused, 4 pulled an older
+checkpoint than the newest."""
 
 from __future__ import annotations
 
@@ -185,6 +185,35 @@ def list_(url: Url, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def verify(
+    where: Annotated[
+        str, typer.Argument(metavar="RUN_OR_URL", help="Run directory, its configuration, published prefix or mirror.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Read everything again and compare every digest; 1 where something is not what was written."""
+    from anytimed.service.console import size
+
+    with _progress("reading") as progress:
+        checked = list(_verified(where, progress))
+    problems = [problem for one in checked for problem in one.problems]
+    if as_json:
+        told = {"good": not problems, "checked": [one.to_json() for one in checked]}
+        sys.stdout.write(json.dumps(told) + "\n")
+    else:
+        table = Table("", "what", "size", box=None, padding=(0, 2, 0, 0))
+        table.add_column("where", overflow="fold")
+        for one in checked:
+            told_where = _plain(f"{one.where}\n{one.note}" if one.note else one.where)
+            table.add_row("[red]no[/]" if one.problems else "[green]ok[/]", one.what, size(one.size), told_where)
+        out.print(table)
+        for problem in problems:
+            _say(f"{problem.path}: expected {problem.expected}, found {problem.found}")
+    if problems:
+        raise AnytimedError(f"{where}: {len(problems)} of what was read is not what was written; nothing was changed")
+
+
+@app.command()
 def sample(
     where: Annotated[str, typer.Argument(metavar="DIR_OR_URL", help="Pulled folder, or a published prefix.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
@@ -235,6 +264,33 @@ def _run_directory(where: Path) -> Path:
     if not (folder / "OWNER").exists():
         raise ConfigError(f"{folder}: no run here yet; `anytimed run CONFIG` begins one")
     return folder
+
+
+def _verified(where: str, progress: Callable[[int, int], None]) -> Iterator[Any]:
+    """What `verify` looks at: a run directory; that and the mirror of a configuration; what lies at a URL."""
+    from anytimed.storage.store import Store
+    from anytimed.storage.verify import kind_of, verify_mirror, verify_published, verify_run
+
+    path = Path(where)
+    if path.is_file():
+        from anytimed.config import load
+
+        config = load(path)
+        yield from verify_run(_run_directory(path), progress)
+        if config.commits.mirror_url is not None:
+            yield from verify_mirror(Store(config.commits.mirror_url, config.commits.mirror_storage_options), progress)
+        return
+    if (path / "OWNER").exists() or (path / "LOCK").exists():
+        yield from verify_run(path, progress)
+        return
+    store = Store(where)
+    kind = kind_of(store)
+    if not kind:
+        raise ConfigError(
+            f"{store.url}: nothing to verify; expected a run directory, its configuration, a published prefix, or a "
+            "mirror"
+        )
+    yield from (verify_mirror if kind == "mirror" else verify_published)(store, progress)
 
 
 def _last_status(folder: Path) -> Json:

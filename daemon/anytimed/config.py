@@ -147,6 +147,17 @@ class CommitsTable(Schedule):
         default=3600.0, description="where commits fail, training goes on for this long after the last good one"
     )
 
+    verify_every_s: float = Field(
+        default=86_400.0, ge=0, description="how often kept commits are read again from the disk; 0: never"
+    )
+    mirror_url: str | None = Field(
+        default=None, min_length=1, description="fsspec URL of a second place for commits, for machines that vanish"
+    )
+    mirror_storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to fsspec; no secrets here"
+    )
+    mirror_keep: int | None = Field(default=None, ge=2, description="commits kept in the mirror; default: keep")
+
     @model_validator(mode="before")
     @classmethod
     def _cron_replaces_the_default(cls, value: Any) -> Any:
@@ -225,7 +236,8 @@ class Config(Table):
 
     def digest(self) -> str:
         """SHA-256 (hex) over the whole configuration, storage options left out."""
-        told = self.model_dump(mode="json", exclude={"exports": {"storage_options"}})
+        left_out = {"exports": {"storage_options"}, "commits": {"mirror_storage_options"}}
+        told = self.model_dump(mode="json", exclude=left_out)
         for source in told["sources"].values():
             source.pop("storage_options", None)
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

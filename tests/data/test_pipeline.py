@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anytimed.contracts import Batch, ConfigError, Json, Refused
+from anytimed.contracts import AnytimedError, Batch, ConfigError, Json, Refused
 from anytimed.data.mixture import Mixture
 from anytimed.data.pipeline import Dry, Interrupted, Pipeline
 from anytimed.data.shuffle import permutation
@@ -214,6 +215,47 @@ def test_a_crash_at_every_write_of_the_journal_loses_and_repeats_nothing(tmp_pat
     assert writes > 10
     for kill_at in range(writes):
         assert lived(tmp_path / str(kill_at), kill_at)[0] == undisturbed
+
+
+def test_a_decision_that_the_journal_cannot_take_waits_and_changes_nothing(tmp_path: Path) -> None:
+    """At every append once, and at all of them now and then: the batches are those of the undisturbed run, and so is
+    the order of the journal."""
+
+    class Full(MemoryJournal):
+        refused: Callable[[int], bool] = staticmethod(lambda n: False)
+        asked = 0
+
+        def append(self, scope: str, entry: Json) -> None:
+            self.asked += 1
+            if self.refused(self.asked):
+                raise AnytimedError("journal.jsonl: entry not written: No space left on device")
+            super().append(scope, entry)
+
+    def lived(folder: Path, refused: Callable[[int], bool]) -> tuple[list[object], list[Json], int]:
+        world = static_world(folder, documents=30, holdout_fraction=0.0)
+        journal = Full()
+        journal.refused = refused  # type: ignore[method-assign]
+        pipeline = world.pipeline(journal)
+        made: list[Batch] = []
+        for happen in (lambda: None, lambda: world.write("lines", "b", [9, 9])):
+            happen()
+            for _ in range(4):  # as the discovery asks again and again
+                before = journal.asked
+                made.extend(batches(pipeline))
+                if pipeline.status()["undecided"] is None:
+                    continue
+                assert "No space left" in pipeline.status()["undecided"] and journal.asked > before
+        assert pipeline.status()["undecided"] is None
+        audit(world, pipeline, made)
+        replayed = list(batches(world.pipeline(MemoryJournal(journal.entries("data")))))
+        assert [told(batch) for batch in replayed] == [told(batch) for batch in made]
+        return [told(batch)[0] for batch in made], journal.entries("data"), journal.asked
+
+    undisturbed, entries, asked = lived(tmp_path / "undisturbed", lambda n: False)
+    assert asked > 10
+    for n in range(1, asked + 1):
+        made, after, _ = lived(tmp_path / str(n), lambda asked, n=n: asked == n)  # type: ignore[misc]
+        assert made == undisturbed and [e["kind"] for e in after] == [e["kind"] for e in entries], n
 
 
 def test_a_dry_block_is_cut_once_a_poll_found_nothing_and_again_in_a_replay(tmp_path: Path) -> None:
@@ -474,3 +516,31 @@ def test_a_batch_may_span_many_blocks(tmp_path: Path) -> None:
     for i, batch in enumerate(made):
         rest = [told(b) for b in batches(world.pipeline(MemoryJournal(journal.entries("data")), batch.position))]
         assert rest == [told(b) for b in made[i + 1 :]]
+
+
+def test_data_that_the_journal_cannot_take_for_now_waits_and_is_found_again(tmp_path: Path) -> None:
+    class Full(MemoryJournal):
+        full = False
+
+        def append(self, scope: str, entry: Json) -> None:
+            if self.full:
+                raise AnytimedError("journal.jsonl: entry not written: No space left on device")
+            super().append(scope, entry)
+
+    world = World(
+        tmp_path, {"lines": "jsonl"}, {"lines": 1.0}, {"holdout_fraction": 0.0, "shuffle_block_sequences": 100}
+    )
+    world.write("lines", "a", [24])
+    journal = Full()
+    pipeline = world.pipeline(journal)
+    pipeline.poll()
+    assert isinstance(pipeline.next_batch(), Dry)
+    world.write("lines", "b", [9] * 3)
+    journal.full = True
+    assert pipeline.poll() == 0
+    assert "1 new entries wait: journal.jsonl: entry not written" in pipeline.status()["undecided"]
+    assert isinstance(pipeline.next_batch(), Dry), "there is something new, so no block is cut short"
+    journal.full = False
+    assert pipeline.poll() == 1
+    assert pipeline.status()["undecided"] is None
+    audit(world, pipeline, list(batches(pipeline)))

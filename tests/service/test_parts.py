@@ -20,11 +20,12 @@ import pytest
 from rich.console import Console
 
 from anytimed.config import Schedule
-from anytimed.contracts import ConfigError, HostTensor, Refused
+from anytimed.contracts import ConfigError, HostTensor, Refused, Rejected
 from anytimed.service.console import _JournalFormatter, ago, size, table
 from anytimed.service.keeper import Keeper
 from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
+from anytimed.service.quarantine import Quarantine
 from anytimed.service.requests import Commit, Crashed, Export, Mailbox, Published, Reload, Request, Stop
 from anytimed.service.signals import posted_to
 from anytimed.service.timetable import trigger
@@ -251,3 +252,23 @@ def test_another_writer_ends_the_run_and_an_unforeseen_error_is_raised_by_the_lo
 
     box.outbox.submit(broken)
     box.wait(lambda: any(isinstance(p, Crashed) and isinstance(p.error, TypeError) for p in box.posted))
+
+
+def test_a_note_that_cannot_be_written_costs_the_note_and_notes_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "records"
+    folder.write_text("in the way")
+    quarantine = Quarantine(folder)
+    quarantine("main", {"at": 1}, Rejected("no UTF-8", "d" * 64))
+    assert quarantine.failed is not None and "could not be noted" in quarantine.failed
+    folder.unlink()
+    quarantine("main", {"at": 1}, Rejected("no UTF-8", "d" * 64))
+    quarantine("main", {"at": 1}, Rejected("no UTF-8", "d" * 64))
+    assert quarantine.failed is None
+    assert len((folder / "main.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setattr("anytimed.service.quarantine.MAX_BYTES", 300)
+    for at in range(2, 20):
+        quarantine("main", {"at": at}, Rejected("no UTF-8", "d" * 64))
+    assert quarantine.failed is not None and "no more are noted" in quarantine.failed
+    assert (folder / "main.jsonl").stat().st_size < 500

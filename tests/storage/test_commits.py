@@ -282,11 +282,11 @@ def test_retention_reads_a_commit_once_only(run: RunDirectory, monkeypatch: pyte
     made = [write(Commits(run), step) for step in range(1, 4)]
     read: list[Path] = []
 
-    def counted(path: Path) -> tuple[int, str]:
+    def counted(path: Path, *, from_disk: bool) -> tuple[int, str]:
         read.append(path)
-        return digest_of(path)
+        return digest_of(path, from_disk=from_disk)
 
-    monkeypatch.setattr("anytimed.storage.commits.digest_of", counted)
+    monkeypatch.setattr("anytimed.storage.commit.digest_of", counted)
     commits = again(run)
     commits.retain(2)
     assert {path.parent for path in read} == {commit.path for commit in made[1:]}
@@ -332,3 +332,87 @@ def test_manifest_names_what_it_should(tmp_path: Path) -> None:
     told = CommitManifest.from_bytes((made.path / "MANIFEST.json").read_bytes(), "here")
     assert (told.world_size, told.created, told.term) == (1, "2027-01-15T08:00:00+00:00", 1)
     assert {f.name for f in told.files} == {"rank-00000-of-00001.safetensors", "state.json"}
+
+
+def test_a_commit_from_elsewhere_is_put_in_place_like_one_of_ours(tmp_path: Path) -> None:
+    there, here = acquired(tmp_path / "there"), acquired(tmp_path / "here")
+    theirs = [write(Commits(there), step) for step in (1, 2)][1]
+    data = (theirs.path / "MANIFEST.json").read_bytes()
+
+    def fill(folder: Path) -> None:
+        for entry in theirs.manifest.files:
+            shutil.copyfile(theirs.path / entry.name, folder / entry.name)
+
+    commits = Commits(here)
+    adopted = commits.adopt(theirs.manifest, data, fill)
+    assert tree(adopted.path) == tree(theirs.path) and again(here).newest() == adopted
+    assert write(Commits(here), 3).manifest.seq == 3
+    flip(adopted.path / "state.json", 2)
+    assert Commits(here).adopt(theirs.manifest, data, fill) == adopted  # what was in the way is kept for a person
+    adopted.verify()
+    assert [p.name[:17] for p in (here.quarantine / "commits").iterdir() if p.is_dir()] == [adopted.path.name]
+
+    def broken(folder: Path) -> None:
+        fill(folder)
+        raise CorruptError("one file was not what the manifest says")
+
+    before = tree(here.commits)
+    with pytest.raises(CorruptError):
+        Commits(here).adopt(theirs.manifest, data, broken)
+    assert tree(here.commits) == before
+
+
+def test_a_commit_that_is_read_elsewhere_is_retired_later(run: RunDirectory) -> None:
+    commits = Commits(run)
+    made = [write(commits, step) for step in range(1, 5)]
+    with commits.pinned(made[0]) as there:
+        assert there
+        commits.retain(2)
+        assert names(run) == [1, 3, 4]
+    commits.retain(2)
+    assert names(run) == [3, 4]
+    with commits.pinned(made[0]) as there:
+        assert not there
+
+
+def test_rot_does_not_fill_the_disk(run: RunDirectory) -> None:
+    commits = Commits(run)
+    for step in range(1, 10):
+        write(commits, step)
+        flip(write(commits, 100 + step).path / "state.json", 2)
+        commits = again(run)
+        assert commits.newest() is not None
+    whole = [p for p in (run.quarantine / "commits").iterdir() if p.is_dir()]
+    assert len(whole) == 4 and {p.name.split("-")[1][-3:] for p in whole} == {"106", "107", "108", "109"}
+    assert len(list((run.quarantine / "commits").glob("*.json"))) == 9
+
+
+def test_a_name_that_may_not_be_durable_is_neither_found_nor_counted(run: RunDirectory) -> None:
+    """The folder's fsync fails, and so does taking the name back."""
+    commits = Commits(run)
+    first = write(commits, 1)
+    with faults.at_call(0, faults.error(errno.EIO)) as counted:
+        write(commits, 2)
+    calls, kept = counted.calls, write(commits, 3)
+
+    def fail(n: int) -> None:
+        real, left = Path.rename, 1
+
+        def rename(self: Path, goal: Path) -> Path:
+            nonlocal left
+            if goal.name.startswith(".tmp-"):
+                left -= 1
+                raise OSError(errno.EIO, "Input/output error")
+            return real(self, goal)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", rename)
+            with faults.at_call(n, faults.error(errno.EIO)), pytest.raises(CommitFailed):
+                write(commits, 4)
+
+    # The last two calls of a commit are the open of the commits' folder and its fsync.
+    fail(calls)
+    assert names(run) == [1, 2, 3, 4]
+    assert [c.manifest.step for c in commits.retain(2)] == [3, 2] and names(run) == [2, 3, 4]
+    newest = commits.newest()
+    assert newest == kept and not first.path.exists()

@@ -107,10 +107,8 @@ def test_a_damaged_line_is_refused_by_number_and_kept(path: Path) -> None:
     written(path)
     whole = path.read_bytes()
     ends = [i for i, b in enumerate(whole) if b == ord("\n")]
-    for at in range(0, len(whole), 3):
+    for at in {*range(0, len(whole), 3), *ends}:
         flip(path, at)
-        if at == ends[-1]:  # without its end the last line is a torn one
-            continue
         with pytest.raises(Refused, match=r"line [1-4]:") as caught:
             Journal(path)
         assert str(path) in str(caught.value)
@@ -151,13 +149,41 @@ def test_a_full_disk_loses_that_entry_only(path: Path) -> None:
     assert Journal(path).entries("data")[-1] == {"draw": 4}
 
 
-def test_after_a_failed_fsync_nothing_more_is_written(path: Path) -> None:
+def test_after_a_failed_fsync_the_file_is_replaced_not_written_again(path: Path) -> None:
     journal = written(path)
+    whole, inode = path.read_bytes(), path.stat().st_ino
     with faults.at_call(2, faults.error(errno.EIO)), pytest.raises(AnytimedError, match="not durable"):
         journal.append("data", {"draw": 3})
-    with pytest.raises(AnytimedError, match="restart to go on"):
+    with faults.at_call(1, faults.error(errno.ENOSPC)), pytest.raises(AnytimedError, match="no new file"):
         journal.append("data", {"draw": 4})
-    assert Journal(path).length("data") == 3
+    assert (path.read_bytes(), path.stat().st_ino) == (whole, inode)
+    for draw in (5, 6):
+        journal.append("data", {"draw": draw})
+    assert path.stat().st_ino != inode and path.read_bytes().startswith(whole)
+    assert [entry["draw"] for entry in Journal(path).entries("data")] == [0, 1, 2, 5, 6]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_is_no_longer_what_was_written_is_not_copied(path: Path) -> None:
+    journal = written(path)
+    with faults.at_call(2, faults.error(errno.EIO)), pytest.raises(AnytimedError):
+        journal.append("data", {"draw": 3})
+    flip(path, 10)
+    for _ in range(2):
+        with pytest.raises(AnytimedError, match="no longer what was written"):
+            journal.append("data", {"draw": 3})
+
+
+def test_a_zero_byte_that_no_block_explains_is_damage(path: Path) -> None:
+    journal = written(path)
+    journal.append("data", {"why": "x" * 100})
+    at = path.read_bytes().rindex(b"xx")
+    at -= at % 512 == 0
+    whole = bytearray(path.read_bytes())
+    whole[at] = 0
+    path.write_bytes(whole)
+    with pytest.raises(Refused, match="line 5:"):
+        Journal(path)
 
 
 def test_closed_is_closed(path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from anytimed.contracts import AnytimedError, ConfigError, Refused
 from anytimed.storage.commits import Commits
 from anytimed.storage.run_directory import RunDirectory
-from tests.storage.material import acquired, snapshot
+from tests.storage.material import acquired, flip, snapshot
 
 HOLDER = """
 import sys, pathlib
@@ -127,6 +127,20 @@ def test_a_damaged_owner_is_recovered_from_the_commits(tmp_path: Path) -> None:
     (run.path / "OWNER").write_bytes(b'{"run_id')
     run.acquire()
     assert (run.term, run.run_id) == (2, ident)
+
+
+def test_a_flipped_bit_anywhere_in_owner_does_not_lower_the_term(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.acquire(40)
+    ident = run.run_id
+    Commits(run).write(snapshot(1))
+    whole = (run.path / "OWNER").read_bytes()
+    for at in range(len(whole) - 1):  # the last byte is the line's end
+        run.release()
+        (run.path / "OWNER").write_bytes(whole)
+        flip(run.path / "OWNER", at)
+        run.acquire()
+        assert (run.term, run.run_id) == (42, ident), at
 
 
 def test_a_folder_with_other_things_is_not_taken_over(tmp_path: Path) -> None:

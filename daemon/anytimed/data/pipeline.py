@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anytimed.contracts import (
+    AnytimedError,
     Batch,
     Holdout,
     Journal,
@@ -60,6 +61,10 @@ class Dry:
 
 class Interrupted(Exception):
     """`Pipeline.interrupt` was called: nothing is read or decided any more."""
+
+
+class _Undecided(Exception):
+    """The journal cannot take a decision for now, so it did not take effect; it is taken again later."""
 
 
 @dataclass(slots=True)
@@ -121,6 +126,7 @@ class Pipeline:
         self._finished: dict[str, dict[str, str]] = {}
         self._is_dry = False
         self._nothing_new = False
+        self._undecided: str | None = None
 
     # --- before the first batch ---------------------------------------------------------------------------------------
 
@@ -155,24 +161,31 @@ class Pipeline:
         )
         self._start = self._here()
         self._windows: list[NDArray[np.int32]] = []
-        self._filled = 0
+        self._filled, self._cut = 0, False
 
     # --- what the owner calls -----------------------------------------------------------------------------------------
 
     def poll(self) -> int:
         """Ask the sources for new data; journal and adopt it. The number of new entries; 0 during a replay.
 
-        A source that does not answer is passed over (`Dry` tells of it). Raises Refused where read data has changed.
+        A source that does not answer is passed over (`Dry` tells of it), and so is what the journal cannot take for now
+        (`status` tells of it). Raises Refused where read data has changed.
         """
-        if self._replaying:
+        if self._replaying or self._ends:  # the end of the block stands in the journal before anything else does
             return 0
-        found = 0
+        found, undecided = 0, None
         for name, cursor in self._cursors.items():
             if entries := cursor.discover():
-                self._decide({"kind": "discovered", "draw": self._draw, "source": name, "entries": entries})
+                try:
+                    self._decide({"kind": "discovered", "draw": self._draw, "source": name, "entries": entries})
+                except _Undecided as error:
+                    # A full disk, say: what was not decided is found again by the next poll.
+                    undecided = f"source {name}: {len(entries)} new entries wait: {error}"
+                    continue
                 cursor.adopt(entries)
                 found += len(entries)
-        self._nothing_new = self._is_dry and not found
+        self._undecided = undecided
+        self._nothing_new = self._is_dry and not found and undecided is None
         return found
 
     def next_batch(self) -> Batch | Dry:
@@ -182,7 +195,12 @@ class Pipeline:
         data that was rewritten, Interrupted after `interrupt`.
         """
         while sum(block.left for block in self._ready) < self._batch_size:
-            if dry := self._read_block():
+            try:
+                dry = self._read_block()
+            except _Undecided as error:
+                self._undecided = str(error)
+                return Dry({"journal": str(error)})
+            if dry:
                 self._is_dry = True
                 return dry
         return self._take_batch()
@@ -192,7 +210,8 @@ class Pipeline:
         self._stop.set()
 
     def status(self) -> Json:
-        """Per source: entries adopted, bytes not yet read, records; and whether decisions are being replayed."""
+        """Per source: entries adopted, bytes not yet read, records; whether decisions are being replayed; `undecided`:
+        why a decision cannot take effect for now, or None."""
         sources: dict[str, Any] = {}
         for name, cursor in self._cursors.items():
             at = self._sources[name]
@@ -205,21 +224,29 @@ class Pipeline:
                 "tokens": at.tokens,
                 "unavailable": cursor.undiscovered,
             }
-        return {"sources": sources, "draw": self._draw, "block": self._block, "replaying": self._replaying}
+        return {
+            "sources": sources,
+            "draw": self._draw,
+            "block": self._block,
+            "replaying": self._replaying,
+            "undecided": self._undecided,
+        }
 
     # --- one block ----------------------------------------------------------------------------------------------------
 
     def _read_block(self) -> Dry | None:
         """Read on until the block is complete; None then. Goes on where a dry stream made it stop."""
-        while self._filled < self._block_sequences:
+        while not self._ends:
             if self._stop.is_set():
                 raise Interrupted
             if self._replay_before_draw():
+                self._cut = True
                 break
             name = self._mixture.pick(self._draw)
             taken = self._cursors[name].take()
             if taken is None:
                 if self._cut_short(name):
+                    self._cut = True
                     break
                 return self._dry(name)
             self._is_dry = self._nothing_new = False
@@ -286,7 +313,7 @@ class Pipeline:
         start, used = self._start, self._skip
         self._block += 1
         self._skip = 0
-        self._finished, self._windows, self._filled = {}, [], 0
+        self._finished, self._windows, self._filled, self._cut = {}, [], 0, False
         self._start = self._here()
         self._ready.append(_Block(start, sequences, used, self._start, self._start.sources, self._start.holdout))
 
@@ -310,10 +337,21 @@ class Pipeline:
     def _replaying(self) -> bool:
         return self._ledger.head is not None or self._skip > 0
 
+    @property
+    def _ends(self) -> bool:
+        """The block has all its sequences; where it still stands so later, the journal could not take its end."""
+        return self._cut or self._filled >= self._block_sequences
+
     def _decide(self, entry: Json) -> None:
         if self._stop.is_set():
             raise Interrupted
-        self._ledger.append(entry)
+        try:
+            self._ledger.append(entry)
+        except Refused:
+            raise
+        except AnytimedError as error:
+            raise _Undecided(str(error)) from error
+        self._undecided = None
 
     def _replay_before_draw(self) -> bool:
         """Apply the journalled decisions that were taken before the next draw; whether the block was cut here."""

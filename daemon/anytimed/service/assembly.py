@@ -57,18 +57,42 @@ def parts_of(config: Config) -> Parts:
             f"{file}: [data] sequence_length: found {config.data.sequence_length}, "
             f"allowed: at most the model's {longest} ([model] context_length)"
         )
-    published, directory = Path(config.exports.url.removeprefix("file://")), Path(config.run.directory)
-    if published.resolve().is_relative_to(directory.resolve()):
-        raise ConfigError(
-            f'{file}: [exports] url: found "{config.exports.url}", inside the run directory "{config.run.directory}"; '
-            "allowed: anywhere else, for --fresh moves the run directory aside and what is published has to stay"
-        )
+    _places_apart(config, file)
     if getattr(recipe.settings, "lr", None) == POLYAK and config.training.clip_grad_norm:
         raise ConfigError(
             f"{file}: [training] clip_grad_norm: found {config.training.clip_grad_norm}, allowed with [optimizer] lr = "
             '"polyak": 0, for that step is measured by the gradient, and a clipped one makes it longer'
         )
     return Parts(config, tokenizer, model, recipe, streams)
+
+
+def _places_apart(config: Config, file: str) -> None:
+    """Raises ConfigError where the run directory, the published prefix and the mirror lie in one another."""
+
+    def inside(url: str, other: str) -> bool:
+        one, two = (text.removeprefix("file://").rstrip("/") for text in (url, other))
+        if "://" in one or "://" in two:
+            return f"{one}/".startswith(f"{two}/")
+        return Path(one).resolve().is_relative_to(Path(two).resolve())
+
+    directory, published, mirror = config.run.directory, config.exports.url, config.commits.mirror_url
+    if inside(published, directory):
+        raise ConfigError(
+            f'{file}: [exports] url: found "{published}", inside the run directory "{directory}"; '
+            "allowed: anywhere else, for --fresh moves the run directory aside and what is published has to stay"
+        )
+    if mirror is None:
+        return
+    if inside(mirror, directory):
+        raise ConfigError(
+            f'{file}: [commits] mirror_url: found a place inside the run directory "{directory}"; '
+            "allowed: anywhere else, for it has to outlive the directory"
+        )
+    if inside(mirror, published) or inside(published, mirror):
+        raise ConfigError(
+            f"{file}: [commits] mirror_url: found a place that overlaps with [exports] url; allowed: one apart, for "
+            "the state is not for everyone who may pull"
+        )
 
 
 # --- what a commit binds a run to -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from anytimed.service.keeper import Keeper
 from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
+from anytimed.service.requests import Verified
 from anytimed.service.systemd import Systemd
 
 log = logging.getLogger("anytimed")
@@ -32,11 +33,13 @@ class Board:
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
         self._loss: float | None = None
-        self._began = time.time()
+        self._began = self._started = time.time()
         self.state, self.since = "starting", time.time()
         self.reason = ""
         self.evaluation: Evaluation | None = session.evaluation
         self.commit: Json | None = session.resumed
+        self.verification: Json | None = None
+        self.mirrored: Json | None = None
         self.export: Json | None = session.published
         self.problems: dict[str, str] = dict(session.problems)
         self.last = self._status()
@@ -74,6 +77,24 @@ class Board:
         """What went by until now was no training, and does not count for the speed."""
         self._mark = (time.monotonic(), self._session.learner.tokens)
 
+    def verified(self, done: Verified) -> None:
+        """What reading the commits again has found."""
+        if done.error is not None:
+            self.problem("verification", f"kept commits could not be read again: {done.error}")
+        elif done.rotten:
+            told = "; ".join(f"{r.path}: expected {r.expected}, found {r.found}" for r in done.rotten)
+            self.problem("verification", f"no longer what was written: {told}; a new commit replaces it")
+        else:
+            log.info("read %d commits again: all are what was written", done.commits)
+            self.problem("verification", None)
+        found = "not finished" if done.error else f"{done.commits} read, {len(done.rotten)} rotten"
+        self.verification = {
+            "time": time.time(),
+            "commits": done.commits,
+            "rotten": [str(rejected.path) for rejected in done.rotten],
+            "found": found,
+        }
+
     def problem(self, key: str, text: str | None) -> None:
         """Note that something is degraded, or (None) well again; logged when it changes."""
         if text is None:
@@ -87,7 +108,7 @@ class Board:
     def tell(self, state: str, *, always: bool = False) -> None:
         """Refresh every view. `always`: also where log lines would be too close together."""
         if state != self.state:
-            self._began = time.time()
+            self._began = self._started = time.time()
         self.state, self.since = state, time.time()
         self.last = self._status()
         self._view.show(self.last, always)
@@ -97,11 +118,12 @@ class Board:
     def _status(self) -> Json:
         session = self._session
         config, run, learner, reading = session.parts.config, session.run, session.learner, session.reader.status()
+        failing = (self._metrics.failed, session.quarantine.failed, reading["undecided"])
         return {
             "state": self.state,
             "since": self.since,
             "reason": self.reason,
-            "degraded": [*self.problems.values(), *([self._metrics.failed] if self._metrics.failed else [])],
+            "degraded": [*self.problems.values(), *filter(None, failing)],
             "run_id": run.run_id,
             "term": run.term,
             "pid": os.getpid(),
@@ -115,6 +137,9 @@ class Board:
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
             "commit": self.commit,
             "last_commit_age_s": time.time() - (self.commit["time"] if self.commit else self._began),
+            "resumed": session.resumed,
+            "verification": self.verification,
+            "mirror": self._mirror(),
             "export": self.export,
             "upload": self._outbox.upload,
             "exports_url": config.exports.url,
@@ -123,3 +148,11 @@ class Board:
             "batches_ready": reading["ready"],
             "time": time.time(),
         }
+
+    def _mirror(self) -> Json | None:
+        """The commit that the mirror holds since this start, and how old it is; None without a mirror."""
+        mirror = self._session.mirror
+        if mirror is None:
+            return None
+        since = self.mirrored["time"] if self.mirrored else self._started
+        return {"url": mirror.url, "commit": self.mirrored, "last_mirrored_age_s": time.time() - since}

@@ -43,6 +43,8 @@ def check(config: Config) -> Iterator[Finding]:
         yield _tried(f"source {name}", partial(_read, stream))
     yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
     yield _tried("exports", lambda: _write(config))
+    if (mirror := config.commits.mirror_url) is not None:
+        yield _tried("mirror", lambda: _probe(Store(mirror, config.commits.mirror_storage_options)))
     try:
         found = footprint(parts, _device(config))
     except ConfigError as error:
@@ -131,4 +133,9 @@ def _write(config: Config) -> str:
         raise AnytimedError(
             f"{store.url}: {ability.told}; [exports] require_conditions = true asks for a store that does"
         )
+    return f"{store.url}: written, read back and removed a probe; the store {ability.told}"
+
+
+def _probe(store: Store) -> str:
+    ability = probe(store, uuid.uuid4().hex)
     return f"{store.url}: written, read back and removed a probe; the store {ability.told}"

@@ -101,6 +101,12 @@ def table(status: Json, now: float) -> Table:
     else:
         rows.append(("hold-out", "not evaluated yet, or no record held out yet"))
     rows.append(("last commit", f"{ago(_age(commit, now))} ago, step {commit['step']:,}" if commit else "none yet"))
+    if mirror := status.get("mirror"):
+        held = mirror["commit"]
+        told = f"{ago(_age(held, now))} ago, step {held['step']:,}" if held else "none since this start"
+        rows.append(("last mirrored", f"{told}, {mirror['url']}"))
+    if checked := status.get("verification"):
+        rows.append(("commits verified", f"{ago(_age(checked, now))} ago, {checked['found']}"))
     rows.append(
         ("last export", f"{ago(_age(export, now))} ago, {export['checkpoint']}" if export else "none yet"),
     )

@@ -15,11 +15,10 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from anytimed.contracts import AnytimedError, Batch, Json
+from anytimed.contracts import AnytimedError, Batch, Json, Snapshot, StepReport
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
 from anytimed.service.board import Board
-from anytimed.service.committer import Committer
 from anytimed.service.console import View
 from anytimed.service.control import Control
 from anytimed.service.gatekeeper import Gatekeeper
@@ -28,6 +27,7 @@ from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
 from anytimed.service.reload import reloaded
 from anytimed.service.requests import Mailbox, Request
+from anytimed.service.saving import Saving
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
 
@@ -53,13 +53,11 @@ class Daemon:
         self._config = session.parts.config
         self._learner, self._reader = session.learner, session.reader
         self._position, self._holdout, self._read = session.position, session.position.holdout, session.position.sources
-        self._committed_step = session.learner.step_count if session.resumed else 0
-        self._committed_at = time.monotonic()
         self._parent = session.parent
         self._state = State.TRAINING
+        self._skips: list[StepReport] = []
         self._give_up = self._hung_up = False
         self._systemd = Systemd()
-        self._committer = Committer(session.commits, mailbox.post)
         self._gate = Gatekeeper(session.standing, session.served)
         exports, run = self._config.exports, session.run
         self._keeper = Keeper(
@@ -68,6 +66,7 @@ class Daemon:
         self._outbox = Outbox(session.spool, session.publisher, self._keeper, mailbox.post, exports.url, session.parent)
         self._keeper.on_held, self._outbox.keeps = self._outbox.wake, self._gate.keeps
         self._board = Board(session, view, self._systemd, self._outbox, self._keeper)
+        self._saving = Saving(session, self._config.commits, self._board, mailbox.post, self._snapshot)
         self._timetable = Timetable(mailbox)
         self._control = Control(session.run.control_socket, mailbox, self.status)
 
@@ -85,7 +84,7 @@ class Daemon:
             self._systemd.extend(COMPILE_S)
             self._learner.compile_now(self._config.data.batch_size)
         self._timetable.apply(self._config)
-        for part in (self._reader, self._keeper, self._outbox, self._timetable, self._control):
+        for part in (self._reader, self._keeper, self._outbox, self._saving, self._timetable, self._control):
             part.start()
         self._systemd.notify("READY=1")
         self._tell(always=True)
@@ -120,7 +119,7 @@ class Daemon:
             self._board.reason = "; ".join(f"{name}: {why}" for name, why in got.reasons.items())
             log.info("everything is read (%s); waiting for data", self._board.reason)
             self._report()
-            self._begin_commit()
+            self._saving.begin()
             return State.WAITING
         return State.TRAINING
 
@@ -147,11 +146,13 @@ class Daemon:
         self._reader.close()
         self._final_commit()
         deadline = time.monotonic() + self._config.exports.drain_s
-        while not self._outbox.idle and not self._give_up and time.monotonic() < deadline:
+        while not ((self._outbox.idle and self._saving.mirrored) or self._give_up) and time.monotonic() < deadline:
             self._drain(0.05)
             self._tell()
         if not self._outbox.idle:
             log.warning("not everything is published; the spool keeps it and the next start sends it")
+        if not self._saving.mirrored:
+            log.warning("the last commit is not mirrored; the next start sends it")
         self._drain()
         return State.STOPPED
 
@@ -159,6 +160,7 @@ class Daemon:
 
     def _step(self, batch: Batch) -> None:
         self._learner.step(batch)
+        self._saving.stepped()
         self._position, self._holdout, self._read = batch.position, batch.holdout, batch.read
         step, config = self._learner.step_count, self._config
         if step % config.logging.every_steps == 0:
@@ -167,7 +169,7 @@ class Daemon:
             self._report()
             self._evaluate()
         if config.commits.every_steps and step % config.commits.every_steps == 0:
-            self._begin_commit()
+            self._saving.begin()
         if config.exports.every_steps and step % config.exports.every_steps == 0:
             self._begin_export()
 
@@ -184,33 +186,29 @@ class Daemon:
     def _report(self) -> None:
         """Read what the steps since the last report did, journal the skipped ones, refresh every view."""
         reports = self._learner.reports()
-        for report in reports:
-            if report.skipped:
-                self._session.skip(report)
+        self._skips += [report for report in reports if report.skipped]
+        self._journal_skips()
         self._board.stepped(reports)
         self._tell()
 
-    def _begin_commit(self) -> None:
-        """Hand a snapshot to the committer; not while one is in flight, nor where no step was taken since the last."""
-        if self._committer.busy or self._committed_step == self._learner.step_count:
-            return
+    def _journal_skips(self) -> None:
+        """What the journal cannot take for now waits: a skip repeats itself at the same step of a replay."""
+        try:
+            while self._skips:
+                self._session.skip(self._skips[0])
+                del self._skips[0]
+            self._board.problem("journal", None)
+        except AnytimedError as error:
+            self._board.problem("journal", f"{len(self._skips)} skipped steps are not journalled yet: {error}")
+
+    def _snapshot(self) -> Snapshot:
         self._report()
-        self._committed_step = self._learner.step_count
-        snapshot = self._session.snapshot(self._position, self._board.evaluation, self._parent)
-        self._committer.submit(snapshot, self._config.commits.keep)
+        return self._session.snapshot(self._position, self._board.evaluation, self._parent)
 
     def _final_commit(self) -> None:
         """The commit at the end. Raises AnytimedError where it could not be written."""
         self._report()
-        for _ in range(2):  # first the one in flight, then one of now
-            self._committer.wait()
-            self._drain()
-            self._begin_commit()
-        self._committer.wait()
-        self._drain()
-        commit = self._board.commit
-        if self._learner.step_count and (commit is None or commit["step"] != self._learner.step_count):
-            raise AnytimedError(f"the last commit could not be written: {self._board.problems.get('commit')}")
+        self._saving.finish(self._drain)
 
     def _begin_export(self, reply: Future[dict[str, Any]] | None = None) -> None:
         self._report()
@@ -222,6 +220,7 @@ class Daemon:
     def _drain(self, wait_s: float = 0.0) -> None:
         for request in self._mailbox.drain(wait_s):
             self._do(request)
+        self._saving.catch_up()
 
     def _do(self, request: Request) -> None:
         match request:
@@ -235,7 +234,7 @@ class Daemon:
                 if not self._terminal_gone():
                     self._reload()
             case requests.Commit():
-                self._begin_commit()
+                self._saving.begin()
             case requests.Export(reply) if self._state is not State.STOPPING:
                 self._begin_export(reply)
             case requests.Export(reply):
@@ -245,8 +244,17 @@ class Daemon:
                 self._reader.poll()
             case requests.Retain():
                 self._outbox.retain(lambda: self._session.retain_published(self._config.exports, self._keeper.check))
+            case requests.Verify():
+                self._saving.verify()
             case requests.Committed():
-                self._on_committed(request)
+                self._saving.committed(request, waiting=self._state is State.WAITING)
+                self._tell()
+            case requests.Verified():
+                self._saving.verified(request)
+                self._tell()
+            case requests.Mirrored():
+                self._saving.mirrored_one(request)
+                self._tell()
             case requests.Published():
                 self._on_published(request)
             case requests.Leased(error, refused):
@@ -263,26 +271,10 @@ class Daemon:
             self._board.problem("reload", str(error))
             self._tell()
             return
+        self._saving.table = self._config.commits
         self._board.problem("reload", None)
         self._timetable.apply(self._config)
         log.info("reloaded %s", self._config.path)
-        self._tell()
-
-    def _on_committed(self, done: requests.Committed) -> None:
-        if done.refused is not None:
-            raise done.refused
-        self._board.problem("commit", done.error)
-        if done.error is not None:
-            self._committed_step = 0
-            age_s = time.monotonic() - self._committed_at
-            if age_s > self._config.commits.give_up_after_s:
-                raise AnytimedError(f"no commit for {age_s:.0f} s ([commits] give_up_after_s); the last: {done.error}")
-            return
-        self._committed_at = time.monotonic()
-        self._board.commit = {"step": done.step, "path": done.path, "time": time.time()}
-        log.info("committed step %d: %s", done.step, done.path)
-        if self._state is State.WAITING:
-            self._begin_commit()  # steps taken while that one was in flight
         self._tell()
 
     def _on_published(self, done: requests.Published) -> None:
@@ -318,7 +310,7 @@ class Daemon:
         """End the threads; what ends the run must not wait for any of them for long."""
         self._timetable.close()
         self._reader.close()
-        self._committer.close()
+        self._saving.close()
         self._outbox.close()
         self._keeper.close()
         self._control.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anytimed.contracts import Json
+from anytimed.storage.durable import append_line
 
 
 class Metrics:
@@ -19,7 +20,11 @@ class Metrics:
 
     def __init__(self, path: Path, status: Path) -> None:
         self._path, self._status = path, status
-        self.failed: str | None = None
+        self._failures: dict[Path, str] = {}
+
+    @property
+    def failed(self) -> str | None:
+        return "; ".join(self._failures.values()) or None
 
     def show(self, status: Json) -> None:
         """Replace status.json."""
@@ -27,18 +32,18 @@ class Metrics:
         try:
             beside.write_text(json.dumps(status), encoding="utf-8")
             beside.replace(self._status)
+            self._failures.pop(self._status, None)
         except OSError as error:
-            self.failed = f"{self._status}: {error}"
+            self._failures[self._status] = f"{self._status}: {error}"
 
     def write(self, kind: str, **values: Any) -> None:
         told = {key: _json(value) for key, value in values.items()}
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **told}, separators=(",", ":"))
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            self.failed = None
+            append_line(self._path, line.encode() + b"\n")
+            self._failures.pop(self._path, None)
         except OSError as error:
-            self.failed = f"{self._path}: {error}"
+            self._failures[self._path] = f"{self._path}: {error}"
 
 
 def _json(value: Any) -> Any:

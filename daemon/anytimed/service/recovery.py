@@ -1,13 +1,13 @@
 """Every start is a recovery: from a run directory and a configuration to a session that goes on.
 
-In order: the lock and the term (above any term that the published prefix has seen); the journal; the newest commit
-that verifies, saying which were rejected; whether the configuration fits it; model, optimizer and stream restored from
-it, or drawn from the seed when there is none. `Session` then makes the two copies that leave the training: the
-snapshot of a commit and the content of an export."""
+In order: the lock and the term (above any that the published prefix and the mirror have seen); the newest commit that
+verifies, here or in the mirror, and its journal (`origin`), saying which were rejected; whether the configuration fits
+it; model, optimizer and stream restored from it, or drawn from the seed when there is none. `Session` then makes the
+two copies that leave the training: the snapshot of a commit and the content of an export.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
@@ -29,18 +28,20 @@ from anytimed.contracts import (
     HostTensor,
     Json,
     Position,
-    Rejected,
     Snapshot,
     SourcePosition,
     StepReport,
 )
 from anytimed.data.reader import Reader
 from anytimed.service.assembly import Parts, differences, initial_weights, learner_of, parts_of, pipeline_of, shape
+from anytimed.service.origin import Sources
+from anytimed.service.quarantine import Quarantine
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.exports import ExportContent, Publisher, Spool
 from anytimed.storage.gate import Standing, Verdict
 from anytimed.storage.journal import Journal
 from anytimed.storage.manifest import Manifest
+from anytimed.storage.mirror import Mirror
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.store import Store, StoreError
 from anytimed.training.device import Device
@@ -69,6 +70,9 @@ class Session:
     store: Store
     publisher: Publisher
     position: Position
+    quarantine: Quarantine
+    mirror: Mirror | None = None
+    commit: Commit | None = None
     standing: Standing | None = None
     served: Path | None = None
     evaluation: Evaluation | None = None
@@ -184,6 +188,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         if aside is not None:
             log.info("--fresh: the old run is in %s", aside)
         run.acquire()
+    sources = Sources(run, config.commits)
+    sources.identify(fresh=fresh)
     problems: dict[str, str] = {}
     store = Store(config.exports.url, config.exports.storage_options, deadline_s=config.exports.deadline_s)
     publisher = Publisher(store, verify=config.exports.verify_uploads)
@@ -201,9 +207,10 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         problems["export"] = str(error)
         log.warning("%s; training goes on, exports wait", error)
 
-    journal = Journal(run.journal)
-    commits = Commits(run)
-    commit = commits.newest()
+    origin = sources.newest(_journal_needs, fresh=fresh)
+    commits, journal, commit = origin.commits, origin.journal, origin.commit
+    if origin.problem is not None:
+        problems["mirror"] = origin.problem
     for rejected in commits.rejected:
         log.warning("rejected a commit: %s", rejected)
     if commit is not None:
@@ -217,11 +224,12 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     )
     learner = learner_of(parts, device)
     if commit is None and config.model.init_from is not None:
-        with tempfile.TemporaryDirectory(prefix="init-", dir=run.path) as cache:
+        with tempfile.TemporaryDirectory(prefix=".tmp-init-", dir=run.path) as cache:
             learner.start_from(initial_weights(parts, config.model.init_from, Path(cache)))
     position = Position() if commit is None else _restore(learner, commit)
 
-    pipeline = pipeline_of(parts, journal, _Quarantine(run.quarantine / "records"))
+    quarantine = Quarantine(run.quarantine / "records")
+    pipeline = pipeline_of(parts, journal, quarantine)
     pipeline.restore(position)
     session = Session(
         parts=parts,
@@ -234,6 +242,9 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         store=store,
         publisher=publisher,
         position=position,
+        quarantine=quarantine,
+        mirror=origin.mirror,
+        commit=commit,
         problems=problems,
     )
     if published is not None and published.run_id != run.run_id:
@@ -257,9 +268,16 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
     session.parent = session.parent or commit.state["parent_checkpoint"]
     written = datetime.fromisoformat(commit.manifest.created).timestamp()
-    session.resumed = {"step": commit.manifest.step, "path": str(commit.path), "time": written}
-    log.info("resumed step %d from %s on %s", commit.manifest.step, commit.path, device)
+    where = {"step": commit.manifest.step, "path": str(commit.path), "time": written}
+    session.resumed = {**where, "from": origin.taken}
+    via = f", taken from the mirror {origin.mirror.url}," if origin.mirror and origin.taken == "mirror" else ""
+    log.info("resumed step %d from %s%s on %s", commit.manifest.step, commit.path, via, device)
     return session
+
+
+def _journal_needs(commit: Commit) -> tuple[int, str]:
+    position = commit.state["position"]
+    return position["journal_length"], position["journal_digest"]
 
 
 def _fits(parts: Parts, commit: Commit) -> None:
@@ -284,29 +302,3 @@ def _restore(learner: Learner, commit: Commit) -> Position:
     rest = learner.restore(commit.tensor_files, commit.state)
     holdout = Holdout.from_arrays(rest[HOLDOUT_TENSOR].numpy(), commit.state["holdout"])
     return Position.from_json(commit.state["position"], holdout)
-
-
-class _Quarantine:
-    """Appends what could not be read to `<source>.jsonl`, once for every place."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._seen: dict[str, set[str]] = {}
-
-    def __call__(self, source: str, place: Json, rejected: Rejected) -> None:
-        path = self._folder / f"{source}.jsonl"
-        if source not in self._seen:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            self._seen[source] = {_key(json.loads(line)) for line in lines if line.endswith("}")}
-        told: dict[str, Any] = {"place": place, "reason": rejected.reason, "digest": rejected.digest}
-        if _key(told) in self._seen[source]:
-            return
-        self._seen[source].add(_key(told))
-        log.warning("source %s: a record cannot be read: %s; noted in %s", source, rejected.reason, path)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
-
-
-def _key(told: Json) -> str:
-    return json.dumps(told["place"], sort_keys=True)

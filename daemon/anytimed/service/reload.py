@@ -19,6 +19,7 @@ FIXED_KEYS = {
         "require_conditions",
         "verify_uploads",
     ),
+    "commits": ("mirror_url", "mirror_storage_options"),
     "evaluation": ("batch_size",),
 }
 """Their keys that may not."""

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anytimed.storage.commit import Commit as WrittenCommit
+from anytimed.storage.commit import Rejected
 from anytimed.storage.gate import Standing
+from anytimed.storage.mirror_manifest import MirrorManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +54,34 @@ class Retain:
 
 
 @dataclass(frozen=True, slots=True)
+class Verify:
+    """Read the commits that are kept again, from the disk."""
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
-    """The committer is done: where the commit is, or why there is none. `refused` ends the run."""
+    """The committer is done: the commit, or why there is none. `refused` ends the run."""
 
     step: int
-    path: str | None = None
+    commit: WrittenCommit | None = None
+    error: str | None = None
+    refused: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The committer has read its commits again: how many, what is wrong with which, or why it could not read them."""
+
+    commits: int
+    rotten: tuple[Rejected, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mirrored:
+    """The mirror holds a commit, verified; or it could not be sent for now. `refused` ends the run."""
+
+    manifest: MirrorManifest | None = None
     error: str | None = None
     refused: Exception | None = None
 
@@ -88,7 +114,21 @@ class Crashed:
     error: BaseException
 
 
-Request = Stop | Reload | Commit | Export | Discover | Retain | Committed | Published | Leased | Crashed
+Request = (
+    Stop
+    | Reload
+    | Commit
+    | Export
+    | Discover
+    | Retain
+    | Verify
+    | Committed
+    | Verified
+    | Mirrored
+    | Published
+    | Leased
+    | Crashed
+)
 
 
 class Mailbox:

@@ -1,4 +1,4 @@
-"""The wall clock's part: commits, exports, discovery and retention by interval or cron.
+"""The wall clock's part: commits, their verification, exports, discovery and retention by interval or cron.
 
 APScheduler runs the jobs in a thread of its own; a job only posts a request, so a slow loop is asked once, not many
 times (`coalesce`), and nothing that happens here changes the numbers of the training."""
@@ -12,7 +12,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from anytimed.config import Config, Schedule
 from anytimed.contracts import ConfigError
-from anytimed.service.requests import Commit, Discover, Export, Mailbox, Request, Retain
+from anytimed.service.requests import Commit, Discover, Export, Mailbox, Request, Retain, Verify
 
 RETAIN = Schedule(every_s=600.0)
 
@@ -37,6 +37,7 @@ def plan(config: Config) -> dict[str, tuple[Request, BaseTrigger | None]]:
         "export": (Export(), trigger(config.exports, f"{file}: [exports]")),
         "discover": (Discover(), trigger(config.data.discover, f"{file}: [data.discover]")),
         "retain": (Retain(), trigger(RETAIN, "")),
+        "verify": (Verify(), trigger(Schedule(every_s=config.commits.verify_every_s or None), "")),
     }
 
 

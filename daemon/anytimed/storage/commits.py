@@ -9,90 +9,37 @@ have made superfluous.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import logging
-import re
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from anytimed.contracts import AnytimedError, CorruptError, HostTensor, Json, Refused, Snapshot
+from anytimed.contracts import AnytimedError, HostTensor, Refused, Snapshot
 
 from . import tensors
-from .durable import digest_of, fsync_folder, make_folders, write_durably, write_new
-from .manifest import MANIFEST_BYTES, CommitManifest, FileEntry, base_name
+from .commit import MANIFEST, NAME, STATE, Commit, Damaged, Rejected, read_commit
+from .durable import fsync_folder, make_folders, write_durably, write_new
+from .manifest import CommitManifest, FileEntry, base_name
 from .retention import superseded
 from .run_directory import RunDirectory
 
+__all__ = ["Commit", "CommitFailed", "Commits", "Rejected"]
+
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"([0-9]{6,12})-([0-9]{10,15})")
-_MANIFEST = "MANIFEST.json"
-_STATE = "state.json"
 _SPARE_BYTES = 16 << 20
-_TEMPORARY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EINTR})
-"""What says something about this process, nothing about the commit that it tried to read."""
+KEPT = 4
+"""Damaged commits kept for a person, whole; of older ones only the note stays, or rot would fill the disk."""
 
 
 class CommitFailed(AnytimedError):
     """This commit was not made; the earlier ones stand, and training may go on."""
-
-
-class _Damaged(CorruptError):
-    """One file of a commit is not what the manifest says."""
-
-    def __init__(self, path: Path, expected: str, found: str) -> None:
-        super().__init__(f"{path}: expected {expected}, found {found}")
-        self.path, self.expected, self.found = path, expected, found
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A commit that did not verify. `path` is where it lay, `moved_to` where it is kept for a person."""
-
-    path: Path
-    expected: str
-    found: str
-    moved_to: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """A commit on the disk, with the manifest that was read from it."""
-
-    path: Path
-    manifest: CommitManifest
-
-    @property
-    def state(self) -> Json:
-        """The JSON that was committed beside the tensors."""
-        state: Json = json.loads((self.path / _STATE).read_bytes())
-        return state
-
-    @property
-    def tensor_files(self) -> list[Path]:
-        """One safetensors file a rank, by rank."""
-        return sorted(self.path / f.name for f in self.manifest.files if f.name.startswith("rank-"))
-
-    def verify(self) -> None:
-        """Read every file and compare. Raises CorruptError naming path, expected and found; AnytimedError where this
-        process cannot read for now. A file that the manifest does not name is passed over: nothing reads it."""
-        for entry in self.manifest.files:
-            path = self.path / entry.name
-            try:
-                size = path.stat().st_size
-                found = digest_of(path) if size == entry.size else (size, "")
-            except OSError as error:
-                raise _unreadable(path, error, f"{entry.size} bytes") from error
-            if found[0] != entry.size:
-                raise _Damaged(path, f"{entry.size} bytes", f"{found[0]} bytes")
-            if found[1] != entry.sha256:
-                raise _Damaged(path, f"SHA-256 {entry.sha256}", found[1])
 
 
 class Commits:
@@ -110,11 +57,15 @@ class Commits:
         self._clock = clock
         self._free_bytes = free_bytes
         self._verified: set[tuple[int, int]] = set()
+        self._pins = threading.Lock()
+        self._pinned: set[Path] = set()
+        self._abandoned: set[Path] = set()
+        self._rotten: dict[Path, Rejected] = {}
         self._parent: int | None = None
         self.rejected: list[Rejected] = []
         # Damaged ones count as well: a name in quarantine must not come a second time.
         names = [p.name for p in (*run.commits.iterdir(), *(run.quarantine / "commits").iterdir())]
-        self._seq = max((int(m[1]) for m in map(_NAME.match, names) if m), default=0)
+        self._seq = max((int(m[1]) for m in map(NAME.match, names) if m), default=0)
 
     def write(self, snapshot: Snapshot, *, extra_files: Mapping[str, bytes] | None = None) -> Commit:
         """Make a snapshot durable; it is the newest commit when this returns.
@@ -129,33 +80,69 @@ class Commits:
         seq = self._seq
         attempt = self._run.commits / f".tmp-{seq:06d}-{secrets.token_hex(4)}"
         final = self._run.commits / f"{seq:06d}-{snapshot.step:010d}"
-        try:
-            self._check_space(snapshot, len(state) + sum(map(len, (extra_files or {}).values())))
+        with self._attempt(attempt, final):
+            more = len(state) + sum(map(len, (extra_files or {}).values()))
+            self._check_space(sum(t.data.nbytes for t in snapshot.tensors.values()) + more)
             attempt.mkdir(0o700)
             manifest = self._fill(attempt, snapshot, state, extra_files or {}, seq)
-            if not self._run.owned():
-                raise Refused(
-                    f"{self._run.path}: the lock or OWNER is no longer ours (term {self._run.term}); not committed"
-                )
-            attempt.rename(final)
-            try:
-                fsync_folder(self._run.commits)
-            except OSError:
-                # Whether the name is durable is unknown; it is not acknowledged, so it must not be found either.
-                final.rename(attempt)
-                raise
-        except OSError as error:
-            shutil.rmtree(attempt, ignore_errors=True)
-            raise CommitFailed(
-                f"{final}: not committed: {error.strerror or error} ({error.filename or attempt}); "
-                f"the commits before it stand. Free space, or look at the disk"
-            ) from error
-        except BaseException:
-            shutil.rmtree(attempt, ignore_errors=True)
-            raise
+            self._put_in_place(attempt, final)
         self._parent = seq
         self._verified.add(manifest.order)
         return Commit(final, manifest)
+
+    def adopt(self, manifest: CommitManifest, data: bytes, fill: Callable[[Path], None]) -> Commit:
+        """Put a commit of this run that was kept elsewhere in its place, by the same protocol as `write`.
+
+        `data`: the manifest's bytes; `fill` writes the files that it names into the folder it is given, fsynced and
+        compared with their digests. What lies in that place goes to quarantine. Raises as `write`, and what `fill`
+        raises.
+        """
+        name = f"{manifest.seq:06d}-{manifest.step:010d}"
+        attempt, final = self._run.commits / f".tmp-{name}-{secrets.token_hex(4)}", self._run.commits / name
+        with self._attempt(attempt, final):
+            self._check_space(sum(entry.size for entry in manifest.files))
+            attempt.mkdir(0o700)
+            fill(attempt)
+            write_new(attempt / MANIFEST, data)
+            fsync_folder(attempt)
+            if final.exists():
+                self._quarantine(Rejected(final, f"the commit of term {manifest.term} from the mirror", "another"))
+            self._put_in_place(attempt, final)
+        self._seq = max(self._seq, manifest.seq)
+        self._verified.add(manifest.order)
+        return Commit(final, manifest)
+
+    @contextlib.contextmanager
+    def pinned(self, commit: Commit) -> Iterator[bool]:
+        """While a commit is read by another thread, retention leaves it in its place; whether it is there at all."""
+        with self._pins:
+            self._pinned.add(commit.path)
+        try:
+            yield commit.path.is_dir()
+        finally:
+            with self._pins:
+                self._pinned.discard(commit.path)
+
+    def kept(self) -> list[Path]:
+        """The folders of all commits, newest first by their names."""
+        found = {path for path in self._run.commits.iterdir() if NAME.fullmatch(path.name)}
+        return sorted(found - self._abandoned, reverse=True)
+
+    def recheck(self, path: Path) -> Rejected | None:
+        """Read a commit again, manifest and files, from the disk; what is wrong with it, or None.
+
+        A rotten one counts as verified no longer and stays where it is: `retain` moves it to quarantine once there is
+        a newer good one, which the next commit makes sure of. Raises AnytimedError where it cannot be read for now.
+        """
+        try:
+            commit = read_commit(path, from_disk=True)
+            self._verified.discard(commit.manifest.order)
+            commit.verify(from_disk=True)
+        except Damaged as error:
+            self._rotten[path] = Rejected(path, f"{error.path.name}: {error.expected}", error.found)
+            return self._rotten[path]
+        self._verified.add(commit.manifest.order)
+        return None
 
     def newest(self) -> Commit | None:
         """The newest commit that verifies, or None if there is none at all. What was passed over stands in `rejected`.
@@ -166,7 +153,7 @@ class Commits:
         for commit in readable:
             try:
                 commit.verify()
-            except _Damaged as error:
+            except Damaged as error:
                 damaged.append(Rejected(commit.path, f"{error.path.name}: {error.expected}", error.found))
                 continue
             self._verified.add(commit.manifest.order)
@@ -188,6 +175,8 @@ class Commits:
         A commit of an earlier process is read and checked once before it counts; a damaged one goes to quarantine.
         """
         readable, damaged = self._read_all()
+        damaged += [self._rotten[c.path] for c in readable if c.path in self._rotten]
+        readable = [c for c in readable if c.path not in self._rotten]
         good: list[Commit] = []
         for commit in readable:
             if len(good) == keep:
@@ -197,15 +186,19 @@ class Commits:
                     commit.verify()
                     self._verified.add(commit.manifest.order)
                 good.append(commit)
-            except _Damaged as error:
+            except Damaged as error:
                 damaged.append(Rejected(commit.path, f"{error.path.name}: {error.expected}", error.found))
         if good:
             self.rejected += [self._quarantine(r) for r in damaged]
+            self._rotten.clear()
         going = set(superseded([c.manifest.order for c in readable], {c.manifest.order for c in good}, keep))
         for commit in (c for c in readable if c.manifest.order in going):
             try:
                 # Out of sight first, in one move: a crash while deleting leaves no half commit behind.
-                commit.path.rename(commit.path.with_name(f".del-{commit.path.name}-{secrets.token_hex(4)}"))
+                with self._pins:
+                    if commit.path in self._pinned:
+                        continue  # it goes next time
+                    commit.path.rename(commit.path.with_name(f".del-{commit.path.name}-{secrets.token_hex(4)}"))
                 fsync_folder(self._run.commits)
             except OSError as error:
                 log.warning("%s: cannot be deleted: %s", commit.path, error.strerror)
@@ -214,8 +207,41 @@ class Commits:
 
     # --- within ---
 
-    def _check_space(self, snapshot: Snapshot, more: int) -> None:
-        need = int(1.05 * (sum(t.data.nbytes for t in snapshot.tensors.values()) + more)) + _SPARE_BYTES
+    @contextlib.contextmanager
+    def _attempt(self, attempt: Path, final: Path) -> Iterator[None]:
+        """Whatever fails within leaves nothing of the attempt; the system's errors become CommitFailed."""
+        try:
+            yield
+        except (OSError, MemoryError) as error:
+            shutil.rmtree(attempt, ignore_errors=True)
+            if isinstance(error, MemoryError):
+                raise CommitFailed(f"{final}: not committed: no memory; the commits before it stand") from error
+            raise CommitFailed(
+                f"{final}: not committed: {error.strerror or error} ({error.filename or attempt}); "
+                f"the commits before it stand. Free space, or look at the disk"
+            ) from error
+        except BaseException:
+            shutil.rmtree(attempt, ignore_errors=True)
+            raise
+
+    def _put_in_place(self, attempt: Path, final: Path) -> None:
+        """The commit point."""
+        if not self._run.owned():
+            raise Refused(
+                f"{self._run.path}: the lock or OWNER is no longer ours (term {self._run.term}); not committed"
+            )
+        attempt.rename(final)
+        try:
+            fsync_folder(self._run.commits)
+        except OSError:
+            # Whether the name is durable is unknown; it is not acknowledged, so it must not be found either, nor
+            # counted where it cannot be taken back.
+            self._abandoned.add(final)
+            final.rename(attempt)
+            raise
+
+    def _check_space(self, size: int) -> None:
+        need = int(1.05 * size) + _SPARE_BYTES
         free = self._free_bytes(self._run.commits)
         if free < need:
             raise CommitFailed(
@@ -228,7 +254,7 @@ class Commits:
         rank = "rank-00000-of-00001.safetensors"
         size, sha256 = tensors.write(folder / rank, snapshot.tensors, _placement(snapshot.tensors))
         files = [FileEntry(name=rank, size=size, sha256=sha256)]
-        for name, data in {_STATE: state, **extra}.items():
+        for name, data in {STATE: state, **extra}.items():
             size, sha256 = write_new(folder / base_name(name), data)
             files.append(FileEntry(name=name, size=size, sha256=sha256))
         manifest = CommitManifest(
@@ -240,26 +266,18 @@ class Commits:
             created=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
             files=files,
         )
-        write_new(folder / _MANIFEST, manifest.to_bytes())
+        write_new(folder / MANIFEST, manifest.to_bytes())
         fsync_folder(folder)
         return manifest
 
     def _read_all(self) -> tuple[list[Commit], list[Rejected]]:
         """Every commit whose manifest can be read, newest first; and the others."""
         readable, damaged = [], []
-        for path in sorted(p for p in self._run.commits.iterdir() if _NAME.fullmatch(p.name)):
-            where = path / _MANIFEST
+        for path in self.kept():
             try:
-                with where.open("rb") as file:
-                    manifest = CommitManifest.from_bytes(file.read(MANIFEST_BYTES), str(where))
-                expected = f"{manifest.seq:06d}-{manifest.step:010d}"
-                if path.name != expected:
-                    raise CorruptError(f"{where}: says {expected}")
-                readable.append(Commit(path, manifest))
-            except OSError as error:
-                damaged.append(Rejected(path, _MANIFEST, str(_unreadable(where, error, "a manifest"))))
-            except CorruptError as error:
-                damaged.append(Rejected(path, f"a valid {_MANIFEST}", str(error)))
+                readable.append(read_commit(path))
+            except Damaged as error:
+                damaged.append(Rejected(path, error.expected, f"{error.path.name}: {error.found}"))
         return sorted(readable, key=lambda c: c.manifest.order, reverse=True), damaged
 
     def _quarantine(self, rejected: Rejected) -> Rejected:
@@ -274,6 +292,8 @@ class Commits:
             rejected.path.rename(goal)
             fsync_folder(folder)
             fsync_folder(rejected.path.parent)
+            for old in sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: p.lstat().st_ctime_ns)[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)  # its note stays
         except OSError as error:
             log.warning("%s: cannot be moved to quarantine: %s; it is passed over", rejected.path, error.strerror)
             return rejected
@@ -284,9 +304,3 @@ def _placement(named: Mapping[str, HostTensor]) -> dict[str, str]:
     """Header metadata: the global shape of each tensor and where this rank's part starts in it."""
     whole = {name: {"shape": list(t.shape), "offset": [0] * len(t.shape)} for name, t in named.items()}
     return {"format": "pt", "global": json.dumps(whole, separators=(",", ":"))}
-
-
-def _unreadable(path: Path, error: OSError, expected: str) -> AnytimedError:
-    if error.errno in _TEMPORARY_ERRORS:
-        raise AnytimedError(f"{path}: cannot be read now: {error.strerror}; nothing was judged or moved") from error
-    return _Damaged(path, expected, error.strerror or str(error))

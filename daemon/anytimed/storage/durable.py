@@ -7,6 +7,7 @@ fsynced. A name that was made, renamed or removed is durable only once its folde
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -63,9 +64,28 @@ def write_durably(path: Path, data: bytes) -> tuple[int, str]:
     return written
 
 
-def digest_of(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 (hex) of a file's content."""
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line as a whole, or nothing of it; not fsynced. Raises OSError. For figures and notes: half a line on a
+    full disk would spoil the next one as well."""
+    with path.open("ab", buffering=0) as file:
+        at = file.seek(0, os.SEEK_END)
+        if file.write(line) != len(line):
+            file.truncate(at)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def forget_cached(file: int) -> None:
+    """Ask the kernel to drop what memory holds of an open file, so that the next read is of the disk. What is not
+    written back yet stays."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def digest_of(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+    """Size in bytes and SHA-256 (hex) of a file's content. `from_disk`: not from what memory still holds of it."""
     with path.open("rb") as file:
+        if from_disk:
+            forget_cached(file.fileno())
         digest = hashlib.file_digest(file, "sha256")
         return file.tell(), digest.hexdigest()
 

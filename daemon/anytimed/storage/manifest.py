@@ -1,9 +1,9 @@
 """The JSON that is stored: its forms, and what is checked when it is read back.
 
-`CommitManifest` stands in a commit and carries its own digest, so that a flipped byte anywhere in it shows.
-`Manifest` stands in a published checkpoint and is what a pull trusts, so it is checked as if a stranger had written
-it: plain base names, no duplicates, hexadecimal digests, an id that says the same as its fields. `Pointer` is
-latest.json and best.json.
+`CommitManifest` stands in a commit and, as all that is `Sealed`, carries its own digest, so that a flipped byte
+anywhere in it shows. `Manifest` stands in a published checkpoint and is what a pull trusts, so it is checked as if a
+stranger had written it: plain base names, no duplicates, hexadecimal digests, an id that says the same as its fields.
+`Pointer` is latest.json and best.json.
 
 Fields that a later minor version adds are passed over; a higher `format_version` is an error that says what to do.
 """
@@ -105,7 +105,7 @@ class FileEntry(BaseModel):
 
 
 class Stored(BaseModel):
-    """What the three forms share: a version that is looked at first, and errors that name the place."""
+    """What the forms share: a version that is looked at first, and errors that name the place."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -135,7 +135,29 @@ class Stored(BaseModel):
             raise CorruptError(f"{where}: no valid {cls.form}: {error}") from error
 
 
-def _unique(files: list[FileEntry], reserved: str) -> list[FileEntry]:
+class Sealed(Stored):
+    """A form that carries the digest of its own content, so that a flipped byte anywhere in it shows."""
+
+    def to_bytes(self) -> bytes:
+        told = self.model_dump(mode="json")
+        return _canonical({**told, "digest": hashlib.sha256(_canonical(told)).hexdigest()}) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Self:
+        # The digest first: a flipped byte in the version must read as damage, not as a later version.
+        try:
+            told = from_json(data)
+            found = told.pop("digest")
+            expected = hashlib.sha256(_canonical(told)).hexdigest()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"{where}: no JSON object with its own digest ({error})") from error
+        if found != expected:
+            raise CorruptError(f"{where}: the manifest's own digest is {found}, its content has {expected}")
+        return super().from_bytes(data, where)
+
+
+def unique(files: list[FileEntry], reserved: str) -> list[FileEntry]:
+    """`files`, if no name comes twice and none is the manifest's own. Raises ValueError."""
     seen = {reserved.casefold()}
     for entry in files:
         # Folded: on a file system without case, the second would overwrite the first.
@@ -174,7 +196,7 @@ class Manifest(Stored):
         expected = str(CheckpointId(self.term, self.seq, self.step))
         if self.id != expected:
             raise ValueError(f"id {self.id} does not say term, seq and step, which are {expected}")
-        _unique(self.files, MANIFEST_NAME)
+        unique(self.files, MANIFEST_NAME)
         return self
 
     @property
@@ -215,7 +237,7 @@ class Pointer(Stored):
         )
 
 
-class CommitManifest(Stored):
+class CommitManifest(Sealed):
     """MANIFEST.json of a commit. `parent` is the seq of the commit that this state grew from."""
 
     form: ClassVar[str] = "commit manifest"
@@ -231,29 +253,12 @@ class CommitManifest(Stored):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        _unique(self.files, "MANIFEST.json")
+        unique(self.files, "MANIFEST.json")
         return self
 
     @property
     def order(self) -> tuple[int, int]:
         return self.term, self.seq
-
-    def to_bytes(self) -> bytes:
-        told = self.model_dump(mode="json")
-        return _canonical({**told, "digest": hashlib.sha256(_canonical(told)).hexdigest()}) + b"\n"
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Self:
-        # The digest first: a flipped byte in the version must read as damage, not as a later version.
-        try:
-            told = from_json(data)
-            found = told.pop("digest")
-            expected = hashlib.sha256(_canonical(told)).hexdigest()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptError(f"{where}: no JSON object with its own digest ({error})") from error
-        if found != expected:
-            raise CorruptError(f"{where}: the manifest's own digest is {found}, its content has {expected}")
-        return super().from_bytes(data, where)
 
 
 def _canonical(told: Json) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from anytimed.contracts import AnytimedError, ConfigError, Refused
+from anytimed.contracts import AnytimedError, ConfigError, Json, Refused
 
 from .durable import fsync_folder, make_folders, write_durably
 
@@ -108,14 +109,17 @@ class RunDirectory:
         """What OWNER says, whether or not its process still runs; None where it is missing or damaged."""
         try:
             told = json.loads((self.path / "OWNER").read_bytes())
+            if told["digest"] != _digest(told):
+                return None
             return Owner(
                 str(told["run_id"]), int(told["term"]), int(told["pid"]), str(told["host"]), str(told["started"])
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def acquire(self, at_least: int = 0) -> None:
+    def acquire(self, at_least: int = 0, run_id: str | None = None) -> None:
         """Become the one writer. `at_least`: a term that was published already; ours becomes higher than it.
+        `run_id`: of the run to go on with, where this directory holds nothing of its own yet.
 
         Raises Refused within a second where another process holds the run, naming it; ConfigError where the folder is
         something else; OSError.
@@ -131,17 +135,19 @@ class RunDirectory:
                     log.warning("%s: OWNER is damaged; run id and term are taken from the commits", self.path)
                 before = self._recovered()
             self._owner = Owner(
-                run_id=before.run_id if before else uuid.uuid4().hex,
+                run_id=run_id or (before.run_id if before else uuid.uuid4().hex),
                 term=max(before.term if before else 0, at_least) + 1,
                 pid=os.getpid(),
                 host=socket.gethostname(),
                 started=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="seconds"),
             )
-            write_durably(self.path / "OWNER", json.dumps(asdict(self._owner)).encode() + b"\n")
+            told = asdict(self._owner)
+            write_durably(self.path / "OWNER", json.dumps({**told, "digest": _digest(told)}).encode() + b"\n")
             kept = ("commits", "records", "exports")
             for folder in (self.commits, self.spool, self.served, *(self.quarantine / name for name in kept)):
                 make_folders(folder)
-            for folder in (self.path, self.commits, self.spool, self.served, self.refused_exports):
+            damaged = self.quarantine / "commits"
+            for folder in (self.path, self.commits, self.spool, self.served, self.refused_exports, damaged):
                 self.sweep(folder)
         except BaseException:
             self.release()
@@ -269,6 +275,12 @@ class RunDirectory:
             terms = [run.owner() or run._recovered() for run in aside]
             found = [Owner(uuid.uuid4().hex, known.term, 0, "", "") for known in terms if known]
         return max(found, key=lambda owner: owner.term, default=None)
+
+
+def _digest(told: Json) -> str:
+    """Of what OWNER says: a term that rotted into a lower one would order new commits before old ones."""
+    rest = {key: value for key, value in told.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _number(path: Path) -> int:

@@ -93,7 +93,11 @@ class Spool:
             attempt.mkdir(0o700)
             item = self._fill(attempt, final, content)
             attempt.rename(final)
-            fsync_folder(folder)
+            try:
+                fsync_folder(folder)
+            except OSError:
+                final.rename(attempt)  # it is told as not built, so it must not be found either
+                raise
         except OSError as error:
             shutil.rmtree(attempt, ignore_errors=True)
             raise ExportFailed(

@@ -1,0 +1,145 @@
+"""When the state is written, and what came of it: the loop's hand on the committer and the mirror.
+
+In order of a commit's life: `begin` hands a snapshot to the committer, if none is in flight; `committed` notes what
+came of it and hands it to the mirror; one that failed is owed, and so is one for every rotten commit that a
+verification found: `catch_up`, called between steps, begins what is owed. `finish` makes the last one. Steps that stay
+unsaved for longer than `give_up_after_s` end the run. Everything here runs in the loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from anytimed.config import CommitsTable
+from anytimed.contracts import AnytimedError, Snapshot
+from anytimed.service.board import Board
+from anytimed.service.committer import Committer
+from anytimed.service.mirroring import Mirroring
+from anytimed.service.recovery import Session
+from anytimed.service.requests import Committed, Mirrored, Request, Verified
+from anytimed.storage.commit import Commit
+
+log = logging.getLogger("anytimed")
+
+RETRY_S = 30.0
+"""After a commit that failed, the next is not left to the timetable."""
+
+
+class Saving:
+    """`snapshot` copies the state out at the step that the learner has reached."""
+
+    def __init__(
+        self,
+        session: Session,
+        table: CommitsTable,
+        board: Board,
+        post: Callable[[Request], None],
+        snapshot: Callable[[], Snapshot],
+    ) -> None:
+        self.table = table
+        self._session, self._board, self._snapshot = session, board, snapshot
+        self._learner = session.learner
+        self._committer = Committer(session.commits, post)
+        self._mirroring = Mirroring(session.mirror, session.commits, session.journal, post)
+        self._committed_step = session.learner.step_count if session.resumed else 0
+        self._began = 0.0
+        self._unsaved_since: float | None = None
+        self._owed = 0
+        self._owed_from = 0.0
+
+    def start(self) -> None:
+        self._mirroring.start()
+        if self._session.commit is not None:
+            self._mirror(self._session.commit)
+
+    def close(self) -> None:
+        self._committer.close()
+        self._mirroring.close()
+
+    @property
+    def mirrored(self) -> bool:
+        """Nothing waits for the mirror."""
+        return self._mirroring.idle
+
+    def stepped(self) -> None:
+        """A step was taken that no commit holds yet."""
+        self._unsaved_since = self._unsaved_since or time.monotonic()
+
+    def begin(self, *, again: bool = False) -> None:
+        """Begin a commit; not while one is in flight, nor (unless `again`) where no step was taken since the last.
+        Raises AnytimedError where one has been in flight for too long."""
+        if self._committer.busy:
+            self._check_age("one is in flight and does not end")
+        elif again or self._committed_step != self._learner.step_count:
+            snapshot = self._snapshot()
+            self._committed_step, self._began = self._learner.step_count, time.monotonic()
+            self._committer.submit(snapshot, self.table.keep)
+
+    def catch_up(self) -> None:
+        """Begin what is owed."""
+        if self._owed and not self._committer.busy and time.monotonic() >= self._owed_from:
+            self.begin(again=True)
+
+    def verify(self) -> None:
+        """Have the kept commits read again."""
+        self._committer.verify()
+
+    def finish(self, drain: Callable[[], None]) -> None:
+        """The commit at the end; `drain` does what was posted. Raises AnytimedError where it could not be written."""
+        self._owed = 0
+        for _ in range(2):  # first the one in flight, then one of now
+            self._committer.wait()
+            drain()
+            self.begin()
+        self._committer.wait()
+        drain()
+        commit = self._board.commit
+        if self._learner.step_count and (commit is None or commit["step"] != self._learner.step_count):
+            raise AnytimedError(f"the last commit could not be written: {self._board.problems.get('commit')}")
+
+    # --- what came of it
+
+    def committed(self, done: Committed, *, waiting: bool) -> None:
+        """`waiting`: there is no data, so no later step will make a commit due. Raises Refused where the run is no
+        longer ours, AnytimedError where it has failed for too long."""
+        if done.refused is not None:
+            raise done.refused
+        self._board.problem("commit", done.error)
+        if done.commit is None:
+            self._committed_step = 0
+            self._owed, self._owed_from = max(self._owed, 1), time.monotonic() + RETRY_S
+            self._check_age(str(done.error))
+            return
+        newer = self._learner.step_count != done.step
+        self._unsaved_since = self._began if newer else None
+        self._owed = max(self._owed - 1, int(newer and waiting))
+        if not self._owed:
+            self._board.problem("verification", None)
+        self._board.commit = {"step": done.step, "path": str(done.commit.path), "time": time.time()}
+        log.info("committed step %d: %s", done.step, done.commit.path)
+        self._mirror(done.commit)
+
+    def verified(self, done: Verified) -> None:
+        """A rotten commit is replaced by a new one at once; then retention moves it to quarantine."""
+        self._board.verified(done)
+        self._owed = max(self._owed, len(done.rotten))
+
+    def mirrored_one(self, done: Mirrored) -> None:
+        """Raises Refused where the mirror belongs to another process."""
+        if done.refused is not None:
+            raise done.refused
+        self._board.problem("mirror", done.error)
+        if done.manifest is not None:
+            self._board.mirrored = {"step": done.manifest.step, "id": str(done.manifest.id), "time": time.time()}
+
+    # --- within
+
+    def _mirror(self, commit: Commit) -> None:
+        self._mirroring.submit(commit, self.table.mirror_keep or self.table.keep)
+
+    def _check_age(self, why: str) -> None:
+        age_s = time.monotonic() - (self._unsaved_since or time.monotonic())
+        if age_s > self.table.give_up_after_s:
+            raise AnytimedError(f"no commit for {age_s:.0f} s ([commits] give_up_after_s); the last: {why}")
