@@ -166,7 +166,7 @@ def test_a_disk_that_fails_for_a_while_degrades_the_daemon(tmp_path: Path, injec
             tiny.write_text(tmp_path / "data", 20, prefix="more")
             watched.degraded("Input/output error")
             injected(5, "the daemon: commit")
-            watched.degraded("new entries wait")
+            watched.degraded("journal.jsonl: ")
             injected(5, "the daemon: journal")
             watched.trains_on(10)
         finally:
