@@ -93,11 +93,20 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
+@contextlib.contextmanager
+def read_only(folder: Path, aside: Path) -> Iterator[None]:
+    """Mount a folder read-only over itself; made so elsewhere first, for here it may be in use at any moment."""
+    with mounted(folder, aside, "none", "bind"):
+        remount(aside, "bind,ro")
+        with mounted(aside, folder, "none", "bind"):
+            yield
+
+
 def assert_all_there(folder: Path, last: Json) -> None:
     """What was acknowledged is there: the newest commit is the last one that was told, or a later one, and whole."""
     with acquired(folder / "run") as run:
         journal = Journal(run.journal)
-        assert journal.length("data") >= 2
+        assert journal.entries("data")[0]["kind"] == "discovered"
         journal.close()
         commits = Commits(run)
         newest = commits.newest()
@@ -105,11 +114,10 @@ def assert_all_there(folder: Path, last: Json) -> None:
 
 
 @pytest.mark.fault(3)
-def test_a_full_disk_does_not_stop_the_training(tmp_path: Path, injected: Injected) -> None:
-    """Commits, exports, the journal, status, metrics, notes of bad records and the log itself meet a full disk."""
+def test_a_full_disk_does_not_end_the_daemon(tmp_path: Path, injected: Injected) -> None:
+    """Commits, exports, the journal, status and the log itself meet a full disk. It trains on what has been decided;
+    what the journal cannot take is not adopted, and waited for."""
     tiny.write_text(tmp_path / "data", 600, words=600)
-    for path in sorted((tmp_path / "data").iterdir())[::5]:
-        path.write_bytes(b"\xff\xfe not text")
     with tmpfs(tmp_path / "disk", 48 << 20) as disk:
         config = tiny.config(tmp_path, run={"directory": str(disk / "run")}, exports={"every_steps": 20})
         (tmp_path / "run").symlink_to(disk / "run")
@@ -120,19 +128,14 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path: Path, injected: Inject
             full = watched.degraded("bytes free, a commit needs")
             injected(3, "the daemon: commit")
             tiny.write_text(tmp_path / "data", 200, prefix="more", words=20)
-            for point in (
-                "entry not written",
-                "metrics.jsonl",
-                "status.json",
-                "export not built",
-                "could not be noted",
-            ):
+            process.send_signal(signal.SIGUSR1)
+            for point in ("entry not written: No space", "status.json: [Errno 28]", "export not built: No space"):
                 watched.degraded(point)
                 injected(3, f"the daemon: {point}")
-            assert watched.trains_on()["step"] > full["step"]
-            assert watched.now()["commit"] == full["commit"]
-            assert watched.now()["last_commit_age_s"] > full["last_commit_age_s"]
-            assert watched.now()["sources"]["main"]["entries"] == 600
+            later = watched.trains_on()
+            assert later["state"] == "training" or "journal.jsonl: entry not written" in later["reason"]
+            assert later["commit"] == full["commit"] and later["last_commit_age_s"] > full["last_commit_age_s"]
+            assert later["sources"]["main"]["entries"] == 600
             ballast.unlink()
             watched.until(lambda s: s["sources"]["main"]["entries"] == 800)
             last = watched.well_again()
@@ -149,9 +152,7 @@ def test_a_disk_that_fails_for_a_while_degrades_the_daemon(tmp_path: Path, injec
     with daemon(config, tmp_path / "log") as process:
         watched = Watched(process, tmp_path)
         watched.until(lambda s: s["commit"] is not None and s["step"] >= 8)
-        commits = tmp_path / "run" / "commits"
-        with mounted(commits, commits, "none", "bind"):
-            remount(commits, "bind,ro")
+        with read_only(tmp_path / "run" / "commits", tmp_path / "aside"):
             watched.degraded("Read-only file system")
             watched.trains_on()
             injected(6, "the daemon: commits")
@@ -165,7 +166,7 @@ def test_a_disk_that_fails_for_a_while_degrades_the_daemon(tmp_path: Path, injec
             tiny.write_text(tmp_path / "data", 20, prefix="more")
             watched.degraded("Input/output error")
             injected(5, "the daemon: commit")
-            watched.degraded("new entries wait")
+            watched.degraded("journal.jsonl: ")
             injected(5, "the daemon: journal")
             watched.trains_on(10)
         finally:
