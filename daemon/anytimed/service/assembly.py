@@ -25,6 +25,7 @@ from anytimed.storage.store import Store
 from anytimed.training.device import Device
 from anytimed.training.learner import Learner
 from anytimed.training.optimizers import Recipe
+from anytimed.urls import public
 
 log = logging.getLogger("anytimed")
 
@@ -75,7 +76,8 @@ def parts_of(config: Config) -> Parts:
 
 
 def shape(parts: Parts) -> Json:
-    """What may not change on resume: it decides which tensors there are, or which tokens come next."""
+    """What may not change on resume: it decides which tensors there are, or which tokens come next. Without
+    credentials: those may change, and what is committed must not hold them."""
 
     def told(table: AdapterTable, adapter: object) -> Json:
         settings = getattr(adapter, "settings", None)
@@ -85,7 +87,6 @@ def shape(parts: Parts) -> Json:
     sources = {}
     for name, table in config.sources.items():
         sources[name] = {**told(table, parts.streams[name]), "weight": table.weight}
-        sources[name].pop("storage_options", None)
     made: Json = {
         "model": told(config.model, parts.model),
         "tokenizer": told(config.tokenizer, parts.tokenizer),
@@ -98,7 +99,7 @@ def shape(parts: Parts) -> Json:
         "sources": sources,
         "run": {"seed": config.run.seed},
     }
-    plain: Json = json.loads(json.dumps(made))
+    plain: Json = json.loads(json.dumps(public(made)))
     return plain
 
 

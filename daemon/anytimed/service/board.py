@@ -17,6 +17,7 @@ from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
 from anytimed.service.systemd import Systemd
+from anytimed.urls import told, without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -98,8 +99,8 @@ class Board:
         return {
             "state": self.state,
             "since": self.since,
-            "reason": self.reason,
-            "degraded": [*self.problems.values(), *([self._metrics.failed] if self._metrics.failed else [])],
+            "reason": told(self.reason),
+            "degraded": [told(p) for p in (*self.problems.values(), self._metrics.failed) if p],
             "run_id": run.run_id,
             "term": run.term,
             "pid": os.getpid(),
@@ -115,7 +116,7 @@ class Board:
             "last_commit_age_s": time.time() - (self.commit["time"] if self.commit else self._began),
             "export": self.export,
             "upload": self._outbox.upload,
-            "exports_url": config.exports.url,
+            "exports_url": without_credentials(config.exports.url),
             "sources": reading["sources"],
             "batches_ready": reading["ready"],
             "time": time.time(),

@@ -20,6 +20,7 @@ from anytimed.service.console import size
 from anytimed.storage.store import Store
 from anytimed.training.device import Device
 from anytimed.training.footprint import Footprint, estimate
+from anytimed.urls import told
 
 READ_AT_MOST = 100
 
@@ -95,7 +96,7 @@ def _tried(what: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(what, True, look())
     except (AnytimedError, OSError) as error:
-        return Finding(what, False, str(error))
+        return Finding(what, False, told(str(error)))
 
 
 def _read(stream: Stream) -> str:
@@ -129,7 +130,7 @@ def _write(config: Config) -> str:
     store.replace(key, content)
     try:
         if store.read(key, 100) != content:
-            raise AnytimedError(f"{config.exports.url}: what was written does not read back the same")
+            raise AnytimedError(f"{store.url}: what was written does not read back the same")
     finally:
         store.delete(key)
-    return f"{config.exports.url}: written, read back and removed a probe"
+    return f"{store.url}: written, read back and removed a probe"

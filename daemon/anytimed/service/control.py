@@ -26,6 +26,7 @@ from starlette.routing import Route
 
 from anytimed.contracts import AnytimedError, Json
 from anytimed.service.requests import Export, Mailbox
+from anytimed.urls import told
 
 EXPORT_TIMEOUT_S = 600.0
 
@@ -77,7 +78,7 @@ class Control:
         try:
             return JSONResponse(await run_in_threadpool(reply.result, EXPORT_TIMEOUT_S))
         except AnytimedError as error:
-            return JSONResponse({"error": str(error)}, status_code=503)
+            return JSONResponse({"error": told(str(error))}, status_code=503)
         except TimeoutError:
             return JSONResponse(
                 {"error": f"not published within {EXPORT_TIMEOUT_S:.0f} s; it goes on"}, status_code=504

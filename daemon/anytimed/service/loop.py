@@ -27,6 +27,7 @@ from anytimed.service.reload import reloaded
 from anytimed.service.requests import Mailbox, Request
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
+from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -57,7 +58,8 @@ class Daemon:
         self._give_up = self._hung_up = False
         self._systemd = Systemd()
         self._committer = Committer(session.commits, mailbox.post)
-        self._outbox = Outbox(session.spool, session.publisher, mailbox.post, self._config.exports.url, session.parent)
+        self._url = without_credentials(self._config.exports.url)
+        self._outbox = Outbox(session.spool, session.publisher, mailbox.post, self._url, session.parent)
         self._board = Board(session, view, self._systemd, self._outbox)
         self._timetable = Timetable(mailbox)
         self._control = Control(session.run.control_socket, mailbox, self.status)
@@ -269,7 +271,7 @@ class Daemon:
         if done.error is None:
             self._parent = done.checkpoint
             self._board.export = {"step": done.step, "checkpoint": done.checkpoint, "time": time.time()}
-            log.info("exported step %d: %s/checkpoints/%s", done.step, self._config.exports.url, done.checkpoint)
+            log.info("exported step %d: %s/checkpoints/%s", done.step, self._url, done.checkpoint)
             self._mailbox.post(requests.Retain())
         self._tell()
 

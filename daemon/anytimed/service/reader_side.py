@@ -17,9 +17,9 @@ def load_checkpoint(folder: Path) -> tuple[torch.nn.Module, Tokenizer, int]:
     """Module, tokenizer and context length of a checkpoint's folder. Raises ConfigError where no adapter reads it."""
     folder = folder.resolve()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name in registry.installed("anytimed.models"):
+    for name in (*registry.installed("anytimed.models"), *registry.allowed()):
         family = registry.find("anytimed.models", name, "sample:")
-        if family.hf_model_type == config.get("model_type"):
+        if getattr(family, "hf_model_type", None) == config.get("model_type"):
             break
     else:
         raise ConfigError(

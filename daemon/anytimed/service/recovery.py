@@ -17,7 +17,6 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
@@ -46,6 +45,7 @@ from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.store import MissingKey, Store, StoreError
 from anytimed.training.device import Device
 from anytimed.training.learner import Learner
+from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -148,14 +148,6 @@ class Session:
             longest_pull_s=0.0,
             grace_s=exports.delete_after_s,
         )
-
-
-def without_credentials(url: str) -> str:
-    """A URL as it may be published: no user, password or query."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Session:
