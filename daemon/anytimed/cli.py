@@ -138,9 +138,14 @@ def status(where: Run, as_json: AsJson = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
         return
+    try:
+        rows = table(found, time.time())
+        since = ago(time.time() - found["time"])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise AnytimedError(f"{folder}: what it says is no status of this version: {error!r}") from error
     if found["state"].startswith("not running"):
-        _say(f"No daemon runs; this is what it said {ago(time.time() - found['time'])} ago.")
-    out.print(table(found, time.time()))
+        _say(f"No daemon runs; this is what it said {since} ago.")
+    out.print(rows)
 
 
 @app.command()
@@ -253,11 +258,13 @@ def _run_directory(where: Path) -> Path:
 
 
 def _last_status(folder: Path) -> Json:
+    from anytimed.storage.strangers import read_json
+
     try:
-        found: Json = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "status.json", 16 << 20)
     except FileNotFoundError:
         raise AnytimedError(f"{folder}: no daemon answers, and none has left a status") from None
-    return {**found, "state": f"not running (was {found['state']})"}
+    return {**found, "state": f"not running (was {found.get('state')})"}
 
 
 @contextmanager

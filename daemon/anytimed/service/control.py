@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import os
 import socket
 import threading
@@ -26,9 +25,11 @@ from starlette.routing import Route
 
 from anytimed.contracts import AnytimedError, Json
 from anytimed.service.requests import Export, Mailbox
+from anytimed.storage.strangers import parse
 from anytimed.urls import told
 
 EXPORT_TIMEOUT_S = 600.0
+ANSWER_BYTES = 16 << 20
 
 
 @contextlib.contextmanager
@@ -98,15 +99,19 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(path: Path, method: str, route: str, timeout_s: float = EXPORT_TIMEOUT_S + 5) -> Json:
-    """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says
-    no."""
+    """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says no
+    or answers with something else."""
     connection = _UnixConnection(path, timeout_s)
     try:
         connection.request(method, route)
         response = connection.getresponse()
-        answer: Json = json.loads(response.read())
+        answer = parse(response.read(ANSWER_BYTES), str(path))
+    except http.client.HTTPException as error:
+        raise AnytimedError(f"{path}: no daemon of anytimed answers there: {error!r}") from error
     finally:
         connection.close()
+    if not isinstance(answer, dict):
+        raise AnytimedError(f"{path}: answers {type(answer).__name__}, expected a JSON object")
     if response.status >= 400:
         raise AnytimedError(str(answer.get("error", f"the daemon answered {response.status}")))
     return answer

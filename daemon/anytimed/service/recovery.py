@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -22,6 +22,7 @@ import numpy as np
 
 from anytimed.config import Config, ExportsTable
 from anytimed.contracts import (
+    AnytimedError,
     ConfigError,
     CorruptError,
     Evaluation,
@@ -187,7 +188,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     for rejected in commits.rejected:
         log.warning("rejected a commit: %s", rejected)
     if commit is not None:
-        _fits(parts, commit)
+        with _described_by(commit):
+            _fits(parts, commit)
 
     device = Device(
         config.run.device,
@@ -199,7 +201,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     if commit is None and config.model.init_from is not None:
         with tempfile.TemporaryDirectory(prefix="init-", dir=run.path) as cache:
             learner.start_from(initial_weights(parts, config.model.init_from, Path(cache)))
-    position = Position() if commit is None else _restore(learner, commit)
+    with _described_by(commit):
+        position = Position() if commit is None else _restore(learner, commit)
 
     pipeline = pipeline_of(parts, journal, _Quarantine(run.quarantine / "records"))
     pipeline.restore(position)
@@ -229,12 +232,26 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         else:
             log.info("new run %s in %s on %s", run.run_id, run.path, device)
         return session
-    session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
-    session.parent = session.parent or commit.state["parent_checkpoint"]
-    written = datetime.fromisoformat(commit.manifest.created).timestamp()
+    with _described_by(commit):
+        session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
+        session.parent = session.parent or commit.state["parent_checkpoint"]
+        written = datetime.fromisoformat(commit.manifest.created).timestamp()
     session.resumed = {"step": commit.manifest.step, "path": str(commit.path), "time": written}
     log.info("resumed step %d from %s on %s", commit.manifest.step, commit.path, device)
     return session
+
+
+@contextlib.contextmanager
+def _described_by(commit: Commit | None) -> Iterator[None]:
+    """A state that is no state of ours, though its digest is right, is a named error."""
+    try:
+        yield
+    except AnytimedError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if commit is None:
+            raise
+        raise CorruptError(f"{commit.path}: its state is none of anytimed's: {error!r}; restore another one") from error
 
 
 def _fits(parts: Parts, commit: Commit) -> None:

@@ -28,12 +28,14 @@ from .durable import digest_of, fsync_folder, make_folders, write_durably, write
 from .manifest import MANIFEST_BYTES, CommitManifest, FileEntry, base_name
 from .retention import superseded
 from .run_directory import RunDirectory
+from .strangers import read_json
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"([0-9]{6,12})-([0-9]{10,15})")
 _MANIFEST = "MANIFEST.json"
 _STATE = "state.json"
+_STATE_BYTES = 256 << 20
 _SPARE_BYTES = 16 << 20
 _TEMPORARY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EINTR})
 """What says something about this process, nothing about the commit that it tried to read."""
@@ -70,9 +72,8 @@ class Commit:
 
     @property
     def state(self) -> Json:
-        """The JSON that was committed beside the tensors."""
-        state: Json = json.loads((self.path / _STATE).read_bytes())
-        return state
+        """The JSON that was committed beside the tensors. Raises CorruptError."""
+        return read_json(self.path / _STATE, _STATE_BYTES)
 
     @property
     def tensor_files(self) -> list[Path]:

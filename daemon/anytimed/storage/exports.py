@@ -193,7 +193,7 @@ class Publisher:
     def _retired_since(self, ident: str) -> float | None:
         try:
             return float(json.loads(self._store.read(f"{CHECKPOINTS}/{ident}/{_RETIRED}", POINTER_BYTES))["retired_s"])
-        except (MissingKey, CorruptError, ValueError, KeyError, TypeError):
+        except (MissingKey, CorruptError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             return None
 
 

@@ -22,6 +22,9 @@ from .durable import fsync_folder, write_all
 
 log = logging.getLogger(__name__)
 
+_LINE_BYTES = 256 << 20
+"""The longest entry: the names of a million files that were found at once."""
+
 
 class Journal:
     """Implements `contracts.Journal` on one file. Thread-safe; one process at a time, the owner of the run."""
@@ -54,6 +57,8 @@ class Journal:
             told = {"scope": scope, "n": self.length(scope) + 1, "digest": digest}
             body = f'{json.dumps(told, separators=(",", ":"))[:-1]},"entry":{text}'.encode()
             line = body + b',"crc":%d}\n' % zlib.crc32(body)
+            if len(line) > _LINE_BYTES:
+                raise AnytimedError(f"{self._path}: an entry of {len(line)} bytes; the most is {_LINE_BYTES}")
             try:
                 write_all(self._file, memoryview(line))
             except OSError as error:
@@ -98,7 +103,7 @@ class Journal:
         """Read and check all lines; the size of the file after what was torn has been cut off."""
         with self._path.open("rb") as file:
             at = 0
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES), b""), 1):
                 # A power cut leaves a line without its end, or zero bytes where a block never arrived.
                 if (not line.endswith(b"\n") or b"\0" in line) and not file.peek(1):
                     log.warning(
@@ -119,8 +124,8 @@ class Journal:
             scope, n, found, entry = told["scope"], told["n"], told["digest"], told["entry"]
             if zlib.crc32(line.rpartition(b',"crc":')[0]) != told["crc"]:
                 raise ValueError(f"its bytes have another checksum than {told['crc']}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(f"{where}: no journal entry ({error}); {hint}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Refused(f"{where}: no journal entry ({str(error)[:200]}); {hint}") from error
         expected = chain(self.digest(scope), entry)
         if n != self.length(scope) + 1 or found != expected:
             raise Refused(

@@ -27,12 +27,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from anytimed.contracts import AnytimedError, ConfigError, Refused
+from anytimed.contracts import AnytimedError, ConfigError, CorruptError, Refused
 
 from .durable import fsync_folder, make_folders, write_durably
+from .manifest import MANIFEST_BYTES
+from .strangers import read_json
 
 log = logging.getLogger(__name__)
 
+_OWNER_BYTES = 64 << 10
 _BUSY_S = 0.4
 """How long a busy lock is tried again: enough for the holder to have written OWNER, and for a stopped one to be
 gone."""
@@ -97,11 +100,11 @@ class RunDirectory:
     def owner(self) -> Owner | None:
         """What OWNER says, whether or not its process still runs; None where it is missing or damaged."""
         try:
-            told = json.loads((self.path / "OWNER").read_bytes())
+            told = read_json(self.path / "OWNER", _OWNER_BYTES)
             return Owner(
                 str(told["run_id"]), int(told["term"]), int(told["pid"]), str(told["host"]), str(told["started"])
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, CorruptError, ValueError, KeyError, TypeError):
             return None
 
     def acquire(self, at_least: int = 0) -> None:
@@ -248,8 +251,8 @@ class RunDirectory:
         """Run id and term where OWNER is gone: from our commits, else a term above that of every run moved aside."""
         found = []
         for manifest in self.commits.glob("*/MANIFEST.json"):
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                told = json.loads(manifest.read_bytes())
+            with contextlib.suppress(CorruptError, ValueError, KeyError, TypeError, OSError):
+                told = read_json(manifest, MANIFEST_BYTES)
                 found.append(Owner(str(told["run_id"]), int(told["term"]), 0, "", ""))
         if not found:
             # A crash between start_fresh and the first acquire must not let the term fall back, so it is looked up

@@ -21,6 +21,7 @@ from anytimed.contracts import AnytimedError, ConfigError, CorruptError
 from .durable import digest_of, fsync_folder, make_folders, write_all, write_new
 from .manifest import CHECKPOINTS, MANIFEST_NAME, FileEntry, Manifest
 from .store import Store
+from .strangers import check_folder
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -67,6 +68,7 @@ class Target:
                 with self._attempt(manifest.id) as attempt:
                     self._check_space(manifest)
                     _download(store, manifest, attempt, progress)
+                    check_folder(attempt, (entry.name for entry in manifest.files))
                     write_new(attempt / MANIFEST_NAME, data)
                     fsync_folder(attempt)
                     self._install(attempt, manifest, data)
