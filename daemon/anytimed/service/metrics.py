@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from anytimed.contracts import Json
 
@@ -25,7 +26,9 @@ class Metrics:
         """Replace status.json."""
         beside = self._status.with_name(".tmp-status.json")
         try:
-            beside.write_text(json.dumps(status), encoding="utf-8")
+            beside.unlink(missing_ok=True)
+            with _private(beside, os.O_EXCL) as file:
+                file.write(json.dumps(status))
             beside.replace(self._status)
         except OSError as error:
             self.failed = f"{self._status}: {error}"
@@ -34,11 +37,16 @@ class Metrics:
         told = {key: _json(value) for key, value in values.items()}
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **told}, separators=(",", ":"))
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with _private(self._path, os.O_APPEND) as file:
                 file.write(line + "\n")
             self.failed = None
         except OSError as error:
             self.failed = f"{self._path}: {error}"
+
+
+def _private(path: Path, flags: int) -> TextIO:
+    """A file to write, for the owner's eyes, and never through a symlink."""
+    return os.fdopen(os.open(path, flags | os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w")
 
 
 def _json(value: Any) -> Any:

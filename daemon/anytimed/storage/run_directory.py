@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Self
 
 from anytimed.contracts import AnytimedError, ConfigError, CorruptError, Refused
+from anytimed.trust import owned_by_us
 
 from .durable import fsync_folder, make_folders, write_durably
 from .manifest import MANIFEST_BYTES
@@ -209,7 +210,20 @@ class RunDirectory:
             make_folders(self.path, mode=0o700)
         if not self.path.is_dir():
             raise ConfigError(f"{self.path}: a file; expected a run directory, or a path where one can be made")
-        if self.path.stat().st_mode & 0o077:
+        found = self.path.stat()
+        if not owned_by_us(found):
+            raise ConfigError(
+                f"{self.path}: belongs to uid {found.st_uid}, who could exchange what is in it; expected uid "
+                f"{os.geteuid()}: chown it, or choose another"
+            )
+        if found.st_mode & 0o022 and any(self.path.iterdir()):
+            raise ConfigError(
+                f"{self.path}: others can write here (mode {found.st_mode & 0o777:o}) and there is something in it; "
+                "expected a run that is ours alone, or an empty folder: look at what is there, then chmod 700 it"
+            )
+        for planted in (p for p in self.path.iterdir() if p.is_symlink() and not owned_by_us(p.lstat())):
+            raise ConfigError(f"{planted}: a symlink that uid {planted.lstat().st_uid} made; remove it")
+        if found.st_mode & 0o077:
             if any(self.path.iterdir()) and not (self.path / "LOCK").exists():
                 raise ConfigError(
                     f"{self.path}: holds other things and is open to other users (mode "
@@ -222,7 +236,7 @@ class RunDirectory:
         """The locked LOCK. Raises Refused naming who holds it."""
         give_up = time.monotonic() + _BUSY_S
         while True:
-            file = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with contextlib.suppress(FileNotFoundError):
