@@ -19,8 +19,8 @@ from . import tensors
 from .manifest import base_name
 
 CONFIG_BYTES = 4 << 20
-HEADER_BYTES = 16 << 20
-"""Of a weights file: sixty thousand tensors."""
+HEADER_BYTES = 8 << 20
+"""Of a weights file: room for fifty thousand tensors; the worst JSON of that size becomes 250 MB of Python objects."""
 INDEX_BYTES = 64 << 20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
