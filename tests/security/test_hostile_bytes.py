@@ -256,7 +256,9 @@ def sparse_header(path: str) -> None:
     strangers.check_folder(Path(path).parent, ["model.safetensors"])
 
 
-@pytest.mark.parametrize("attack", [densest_header, million_dimensions, sparse_header], ids=lambda attack: attack.__name__)
+@pytest.mark.parametrize(
+    "attack", [densest_header, million_dimensions, sparse_header], ids=lambda attack: attack.__name__
+)
 def test_a_header_costs_little(tmp_path: Path, attack: Any) -> None:
     cost = measured(attack, str(tmp_path / "model.safetensors"), timeout_s=60)
     assert cost.said.startswith("CorruptError"), cost

@@ -285,6 +285,8 @@ class FileStream(ABC):
         for full, info in self._fs.glob(self._pattern + self._query, detail=True).items():
             path = full[len(self._base) + 1 :].removesuffix(self._query)
             if info["type"] != "directory" and not self._left_out(path):
+                if info["size"] is None:
+                    raise OSError(f"{path}: its size is not told, or it is sent compressed; expected a plain file")
                 yield path, info["size"], _version(info)
 
     def _listed_locally(self) -> Iterator[tuple[str, int, str]]:
