@@ -1,7 +1,8 @@
 """A web server on the loopback that lies: about lengths, about ranges, about when it ends; and that compresses bombs.
 
 The first part of a path says how every file below it is answered: `honest`, `gzip`, `deflate`, `endless`, `overlong`
-(more than the range that was asked for), `short` (fewer bytes than Content-Length), `page` (a listing without end).
+(more than the range that was asked for), `short` (fewer bytes than Content-Length), `page` (a listing without end),
+`denied` (403, with what the client sent to prove who it is in the reason).
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 bomb = compressed(31 if kind == "gzip" else 15) if body else b""
                 self._head(200, {"Content-Encoding": kind, "Content-Length": str(len(bomb) or len(content))})
                 self.wfile.write(bomb)
+            case "denied":
+                self.send_response(403, f"no {self.headers.get('Authorization')} for {self.path}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
             case "endless" | "page":
                 said = {"Transfer-Encoding": "chunked", "Content-Type": "text/html"}
                 self._head(200, said if body else {"Content-Length": str(len(content))})
