@@ -198,7 +198,7 @@ def list_(url: Url, as_json: AsJson = False) -> None:
     for m in manifests:
         loss = number(m.evaluation.loss_x if m.evaluation else None)
         table.add_row(m.id, f"{m.step:,}", f"{m.tokens:,}", loss, size(m.total_bytes), ago(time.time() - m.created_s))
-    out.print(table if manifests else f"Nothing is published at {url} yet.")
+    out.print(table if manifests else f"Nothing is published at {told(url)} yet.")
 
 
 @app.command()

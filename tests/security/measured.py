@@ -14,6 +14,8 @@ from typing import Any
 
 from anytimed.contracts import AnytimedError
 
+MIB = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:

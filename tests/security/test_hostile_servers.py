@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from pathlib import Path
@@ -131,11 +132,16 @@ def test_a_signed_url_is_read_and_its_signature_is_no_part_of_the_name(tmp_path:
 
 
 def test_errors_of_a_web_source_hide_what_its_url_carries(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("read me")
     with serving(tmp_path) as (url, _):
-        signed = url.replace("http://", "http://ada:planted-password@") + "/honest/a.txt?token=planted-token"
+        signed = url.replace("http://", "http://ada:planted-password@") + "/denied/a.txt?token=planted-token"
         stream = TextFiles(TextFiles.Settings(url=signed), "web")
-        assert stream.discover() == []
+        with pytest.raises(StreamUnavailable, match="is not there") as listing:
+            stream.discover()
         stream.adopt([{"path": "a.txt", "start": 0, "stop": 4, "signature": "4-"}])
-        with pytest.raises(StreamUnavailable) as caught:
+        with pytest.raises(StreamUnavailable, match="403") as reading:
             list(stream.read(None))
-    assert "a.txt" in str(caught.value) and "planted" not in f"{caught.value!r} {caught.value.__cause__!r}"
+    proof = base64.b64encode(b"ada:planted-password").decode()  # which the server repeats in its answer
+    for caught in (listing, reading):
+        told = f"{caught.value!r} {caught.value.__cause__!r}"
+        assert "a.txt" in told and "planted" not in told and proof not in told

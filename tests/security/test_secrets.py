@@ -160,17 +160,17 @@ def test_a_server_that_says_no_and_repeats_what_it_was_told(tmp_path: Path) -> N
         process = tiny.start("run", path, **ENVIRONMENT)
         try:
             until(process, lambda: bool(status(tmp_path)["state"]))
-            until(process, lambda: "403" in json.dumps(status(tmp_path)))
+            until(process, lambda: "data.txt?*** is not there" in json.dumps(status(tmp_path)))
             assert_unsaid(json.dumps(status(tmp_path)), "the status")
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
         assert_unsaid(output, "the log")
-        assert "403" in say("check", path, expect=2)
+        assert "is not there" in say("check", path, expect=2)
         prefix = url.replace("http://", f"http://ada:{PASSWORD}@") + "/denied"
-        for command in (("list", prefix), ("sample", f"{prefix}?token={TOKEN}", "--prompt", "x")):
-            assert "Traceback" not in say(*command, expect=1)
+        assert "Nothing is published at http://***@" in say("list", f"{prefix}?token={TOKEN}")
+        assert "Traceback" not in say("pull", f"{prefix}?token={TOKEN}", "--to", tmp_path / "m", expect=1)
     assert_unwritten(tmp_path)
 
 

@@ -282,7 +282,13 @@ class FileStream(ABC):
 
     def _listed_by_store(self) -> Iterator[tuple[str, int, str]]:
         self._fs.invalidate_cache()
-        for full, info in self._fs.glob(self._pattern + self._query, detail=True).items():
+        if self._pattern.startswith(_WEB) and not set(self._pattern) & set("*["):
+            # A glob takes a file that must not be read for one that is not there; asked for by name it is an error.
+            url = self._pattern + self._query
+            found = {url: self._fs.info(url)}
+        else:
+            found = self._fs.glob(self._pattern + self._query, detail=True)
+        for full, info in found.items():
             path = full[len(self._base) + 1 :].removesuffix(self._query)
             if info["type"] != "directory" and not self._left_out(path):
                 if info["size"] is None:
