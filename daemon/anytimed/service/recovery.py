@@ -246,8 +246,10 @@ def _described_by(commit: Commit | None) -> Iterator[None]:
     """A state that is no state of ours, though its digest is right, is a named error."""
     try:
         yield
-    except AnytimedError:
-        raise
+    except AnytimedError as error:
+        if commit is None or not isinstance(error, CorruptError) or str(commit.path) in str(error):
+            raise
+        raise CorruptError(f"{commit.path}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         if commit is None:
             raise
