@@ -146,7 +146,7 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path, closed: int) -> None:
         given = {key: value for key, value in given.items() if key in ("secret", "key", "client_kwargs")}
         exports = {"url": url, "storage_options": given, "drain_s": 0.0}
         path = tiny.config(folder, exports=exports)
-        assert "exports wait" in say("run", path, "--steps", "10")
+        assert "not everything is published" in say("run", path, "--steps", "10")
         assert "Traceback" not in say("check", path, expect=2)
         assert "published" not in say("status", path)
         say("pull", f"http://ada:{PASSWORD}@127.0.0.1:{closed}/x?sig={SIGNATURE}", "--to", folder / "m", expect=1)
