@@ -7,10 +7,13 @@ checkpoint than the newest."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.resources import files
@@ -23,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from anytimed.contracts import AnytimedError, ConfigError, Json
+from anytimed.urls import in_environment, keep_secret, told, without_credentials
 
 app = typer.Typer(
     help="Continual, anytime training: a daemon that never finishes, and checkpoints that anyone can pull at any time.",
@@ -37,6 +41,15 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuratio
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or the configuration file that names it.")]
 Url = Annotated[str, typer.Argument(metavar="URL", help="Published prefix: any fsspec URL or a folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Allowed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-adapter",
+        metavar="MODULE:CLASS",
+        envvar="ANYTIMED_ALLOW_ADAPTERS",
+        help="Let the configuration name this class as an adapter, though no entry point does; repeatable.",
+    ),
+]
 
 
 @app.command()
@@ -56,11 +69,13 @@ def init(
 
 
 @app.command()
-def check(path: ConfigFile) -> None:
+def check(path: ConfigFile, allow_adapter: Allowed = None) -> None:
     """Validate everything that can be validated without training."""
+    from anytimed import registry
     from anytimed.config import load
     from anytimed.service.check import check as findings
 
+    registry.allow(allow_adapter or ())
     table = Table("", "what", "found", box=None, padding=(0, 2, 0, 0))
     good = True
     for finding in findings(load(path)):
@@ -78,8 +93,10 @@ def run(
         int | None, typer.Option(min=1, help="Stop once the run has this many steps (demos, tests).")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the old run is moved aside.")] = False,
+    allow_adapter: Allowed = None,
 ) -> None:
     """Train until told to stop. Every start goes on from the newest commit."""
+    from anytimed import registry
     from anytimed.config import load
     from anytimed.service.console import View, configure_logging
     from anytimed.service.requests import Mailbox
@@ -87,6 +104,7 @@ def run(
     from anytimed.storage.run_directory import RunDirectory
 
     configure_logging(out)
+    registry.allow(allow_adapter or ())
     config, mailbox = load(path), Mailbox()
     with posted_to(mailbox), RunDirectory(Path(config.run.directory)) as directory:
         if not fresh:
@@ -103,7 +121,7 @@ def run(
         if status["commit"]:
             _say(f"Committed step {status['commit']['step']} in {status['commit']['path']}")
         _say(f"Go on:  {_myself()} run {path}")
-        _say(f"Pull:   {_myself()} pull {config.exports.url} --to DIR")
+        _say(f"Pull:   {_myself()} pull {without_credentials(config.exports.url)} --to DIR")
 
 
 @app.command()
@@ -120,9 +138,14 @@ def status(where: Run, as_json: AsJson = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
         return
+    try:
+        rows = table(found, time.time())
+        since = ago(time.time() - found["time"])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise AnytimedError(f"{folder}: what it says is no status of this version: {error!r}") from error
     if found["state"].startswith("not running"):
-        _say(f"No daemon runs; this is what it said {ago(time.time() - found['time'])} ago.")
-    out.print(table(found, time.time()))
+        _say(f"No daemon runs; this is what it said {since} ago.")
+    out.print(rows)
 
 
 @app.command()
@@ -181,7 +204,7 @@ def list_(url: Url, as_json: AsJson = False) -> None:
     for m in manifests:
         loss = number(m.evaluation.loss_x if m.evaluation else None)
         table.add_row(m.id, f"{m.step:,}", f"{m.tokens:,}", loss, size(m.total_bytes), ago(time.time() - m.created_s))
-    out.print(table if manifests else f"Nothing is published at {url} yet.")
+    out.print(table if manifests else f"Nothing is published at {told(url)} yet.")
 
 
 @app.command()
@@ -221,12 +244,15 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Draw among this many tokens.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    allow_adapter: Allowed = None,
 ) -> None:
     """Continue a prompt with a published checkpoint."""
+    from anytimed import registry
     from anytimed.service.reader_side import load_checkpoint
     from anytimed.storage.pull import pull as fetch
     from anytimed.training.sample import continue_text, decode_stream
 
+    registry.allow(allow_adapter or ())
     with tempfile.TemporaryDirectory(prefix="anytimed-") as scratch:
         folder = next((f for f in (Path(where), Path(where) / "current") if (f / "config.json").is_file()), None)
         if folder is None:
@@ -294,11 +320,13 @@ def _verified(where: str, progress: Callable[[int, int], None]) -> Iterator[Any]
 
 
 def _last_status(folder: Path) -> Json:
+    from anytimed.storage.strangers import read_json
+
     try:
-        found: Json = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "status.json", 16 << 20)
     except FileNotFoundError:
         raise AnytimedError(f"{folder}: no daemon answers, and none has left a status") from None
-    return {**found, "state": f"not running (was {found['state']})"}
+    return {**found, "state": f"not running (was {found.get('state')})"}
 
 
 @contextmanager
@@ -349,18 +377,28 @@ def _plain(text: str) -> Any:
 
 
 def main() -> None:
-    """Entry point: runs the app and turns errors for people into a message and an exit code."""
+    """Entry point: runs the app and turns errors for people into a message and an exit code. Whatever is said, a
+    traceback included, is said without credentials."""
+    keep_secret(in_environment(os.environ))
+    threading.excepthook = lambda caught: _trace(caught.exc_value)
     try:
         app()
     except AnytimedError as error:
-        err.print(f"anytimed: {error}", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"anytimed: {told(str(error))}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
         # The machine says no (permissions, a full disk, no such folder), and says where; a traceback would not help.
-        err.print(f"anytimed: {error}", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"anytimed: {told(str(error))}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - a mistake of ours: Python would print it as it is
+        _trace(error)
+        sys.exit(1)
+
+
+def _trace(error: BaseException | None) -> None:
+    sys.stderr.write(told("".join(traceback.format_exception(error))))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from anytimed.contracts import ConfigError, Json
+from anytimed.trust import others_who_can_write
+from anytimed.urls import is_secret, keep_secret, kept_in, public, told
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -168,7 +170,9 @@ class ExportsTable(Schedule):
     """The averaged weights x, published for anyone to pull."""
 
     url: str = Field(min_length=1, description="fsspec URL of the published prefix; a plain path is a local folder")
-    storage_options: dict[str, Any] = Field(default_factory=dict, description="passed to fsspec; no secrets here")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="passed to fsspec; no secrets here"
+    )
     every_steps: Positive | None = None
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the exported tensors")
     max_shard_bytes: Positive = Field(default=5_000_000_000, description="a larger model is split into shards")
@@ -235,26 +239,29 @@ class Config(Table):
         return self._path
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the whole configuration, storage options left out."""
-        left_out = {"exports": {"storage_options"}, "commits": {"mirror_storage_options"}}
-        told = self.model_dump(mode="json", exclude=left_out)
-        for source in told["sources"].values():
-            source.pop("storage_options", None)
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        """SHA-256 (hex) over the whole configuration, storage options and credentials left out."""
+        return hashlib.sha256(json.dumps(public(self.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> Config:
-    """Read and validate a file. Raises ConfigError with one line for every mistake found."""
+    """Read and validate a file that nobody else can write. Raises ConfigError with one line for every mistake found.
+
+    Its credentials are kept secret from then on."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            reason = others_who_can_write(path, file.fileno())
+            if reason is not None:
+                raise ConfigError(f"{path}: not read: {reason}")
+            text = file.read()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `anytimed init {path}` writes a starter") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    keep_secret(kept_in(data))
     try:
         config = Config.model_validate(_placeholders(data))
     except ValidationError as error:
@@ -311,8 +318,10 @@ def _line(item: ErrorDetails, model: type[BaseModel], data: Any, file: str, tabl
             return f"{head} unknown key {key}{hint} Known here: {', '.join(known)}"
         case _:
             value = item["input"]
-            shown = "a table" if isinstance(value, Mapping) else json.dumps(value, default=str)
-            return f"{what}: found {shown[:200]}, allowed: {_allowed(item, owner, key)}"
+            shown = "a table" if isinstance(value, Mapping) else told(json.dumps(value, default=str))[:200]
+            if any(map(is_secret, path)):
+                shown = f"a value of type {type(value).__name__}, which is not shown"
+            return f"{what}: found {shown}, allowed: {_allowed(item, owner, key)}"
 
 
 def _allowed(item: ErrorDetails, owner: type[BaseModel] | None, key: str | None) -> str:

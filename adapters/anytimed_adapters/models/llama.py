@@ -272,6 +272,8 @@ class LlamaModel:
                 raise ConfigError(
                     f"init_from: {field} is {there} there and {here} in [model]; make [model] match the checkpoint"
                 )
+        if self.settings.layers > len(tensors):  # before they are built: a config.json may say a billion
+            raise ConfigError(f"init_from: {self.settings.layers} layers, and only {len(tensors)} tensors there")
         wanted = dict(self.build(vocab_size, device="meta").named_parameters())
         found = dict(tensors)
         if "lm_head.weight" in wanted and "lm_head.weight" not in found:

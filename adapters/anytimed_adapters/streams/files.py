@@ -32,11 +32,13 @@ from fsspec.utils import glob_translate
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, StreamUnavailable
+from anytimed.urls import bounded, credentials, told
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _RANGE_BYTES = 4 << 20
+_WEB = ("http://", "https://")
 _REMEDY = "Restore the file as it was (new data goes into new files, or at the end), or start over with --fresh"
 
 # Errors of store drivers that are no OSError. Looked up only in modules that a driver has already loaded.
@@ -103,14 +105,20 @@ class FileStream(ABC):
     def __init__(self, settings: FileSettings, name: str) -> None:
         self._settings = settings
         self._name = name
+        self._secrets = credentials(settings.url, settings.storage_options)
+        # A query (a signature, a token) is no part of a file's name: it would stand in the journal, and the next
+        # signature would make another file of it.
+        url, _, query = settings.url.partition("?") if settings.url.startswith(_WEB) else (settings.url, "", "")
+        self._query = f"?{query}" if query else ""
         try:
-            fs, pattern = url_to_fs(settings.url, **settings.storage_options)
+            fs, pattern = url_to_fs(url, **bounded(url, settings.storage_options))
             glob_translate(pattern)
         except (ImportError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"source {name!r}: url = {settings.url!r} cannot be opened: {error}. Expected a path or an fsspec URL "
-                "whose driver is installed (s3://: pip install 'anytimed[s3]', gs://: pip install 'anytimed[gcs]')"
-            ) from error
+                f"source {name!r}: url = {self._told(settings.url)!r} cannot be opened: {self._told(str(error))}. "
+                "Expected a path or an fsspec URL whose driver is installed (s3://: pip install 'anytimed[s3]', "
+                "gs://: pip install 'anytimed[gcs]')"
+            ) from None
         self._fs: AbstractFileSystem = fs
         self._pattern: str = pattern
         self._base = _base(pattern)
@@ -253,14 +261,17 @@ class FileStream(ABC):
 
     def _rewritten(self, path: str, expected: str, found: str) -> Refused:
         return Refused(
-            f"source {self._name!r}: {self._full(path)} changed after it was taken into the run: expected {expected}, "
-            f"found {found}. {_REMEDY}"
+            f"source {self._name!r}: {self._told(self._full(path))} changed after it was taken into the run: "
+            f"expected {expected}, found {found}. {_REMEDY}"
         )
 
     # --- the store ----------------------------------------------------------------------------------------------------
 
     def _full(self, path: str) -> str:
-        return f"{self._base}/{path}"
+        return f"{self._base}/{path}{self._query}"
+
+    def _told(self, text: str) -> str:
+        return told(text, self._secrets)
 
     def _list(self) -> dict[str, tuple[int, str]]:
         """Size in bytes and signature of every file of the glob that is not left out and not empty, by relative
@@ -271,9 +282,17 @@ class FileStream(ABC):
 
     def _listed_by_store(self) -> Iterator[tuple[str, int, str]]:
         self._fs.invalidate_cache()
-        for full, info in self._fs.glob(self._pattern, detail=True).items():
-            path = full[len(self._base) + 1 :]
+        if self._pattern.startswith(_WEB) and not set(self._pattern) & set("*["):
+            # A glob takes a file that must not be read for one that is not there; asked for by name it is an error.
+            url = self._pattern + self._query
+            found = {url: self._fs.info(url)}
+        else:
+            found = self._fs.glob(self._pattern + self._query, detail=True)
+        for full, info in found.items():
+            path = full[len(self._base) + 1 :].removesuffix(self._query)
             if info["type"] != "directory" and not self._left_out(path):
+                if info["size"] is None:
+                    raise OSError(f"{path}: its size is not told, or it is sent compressed; expected a plain file")
                 yield path, info["size"], _version(info)
 
     def _listed_locally(self) -> Iterator[tuple[str, int, str]]:
@@ -328,13 +347,11 @@ class FileStream(ABC):
         try:
             yield
         except FileNotFoundError as error:
-            raise _Vanished(
-                f"source {self._name!r}: {what} is not there: {error}. Put it back; reading goes on"
-            ) from error
+            said = f"{what} is not there: {error}"
+            raise _Vanished(f"source {self._name!r}: {self._told(said)}. Put it back; reading goes on") from None
         except (OSError, *errors) as error:
-            raise StreamUnavailable(
-                f"source {self._name!r}: {what} cannot be read: {type(error).__name__}: {error}. It is tried again"
-            ) from error
+            said = f"{what} cannot be read: {type(error).__name__}: {error}"
+            raise StreamUnavailable(f"source {self._name!r}: {self._told(said)}. It is tried again") from None
 
 
 class _Vanished(StreamUnavailable):

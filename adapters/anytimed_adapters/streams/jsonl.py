@@ -20,6 +20,8 @@ from anytimed.contracts import Record, Rejected
 from anytimed_adapters.streams.files import Digest, FileSettings, FileStream
 
 _LOOK_BACK_BYTES = 64 << 10
+_SHOWN_CHARACTERS = 300
+"""Of a line's keys, which may be as long as the line."""
 
 
 class JsonLines(FileStream):
@@ -74,12 +76,13 @@ class JsonLines(FileStream):
         if not isinstance(value, dict):
             return Rejected(f"the line is {type(value).__name__}, expected an object", line.digest())
         if self._field not in value:
-            return Rejected(f"no field {self._field!r}, found {sorted(value)}", line.digest())
-        found = value[self._field]
-        if not isinstance(found, str) or not found:
-            told = "empty" if found == "" else type(found).__name__
+            found = f"{sorted(value)}"[:_SHOWN_CHARACTERS]
+            return Rejected(f"no field {self._field!r}, found {found}", line.digest())
+        content = value[self._field]
+        if not isinstance(content, str) or not content:
+            told = "empty" if content == "" else type(content).__name__
             return Rejected(f"field {self._field!r} is {told}, expected text", line.digest())
-        return self._record(found)
+        return self._record(content)
 
     def _line_start(self, index: int) -> int:
         """Where the line begins that the span's first byte is part of, as far as no span before has given it out."""

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 
 from anytimed.contracts import ConfigError, Json, Tokens
 
+_MOST_BYTES = 256 << 20
+"""Ten times the largest tokenizer.json in use; more is not read."""
 _USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 
@@ -38,8 +40,8 @@ class HuggingFaceTokenizer:
         self._file = given / "tokenizer.json" if given.is_dir() else given
         self._config_file = self._file.with_name("tokenizer_config.json")
         try:
-            content = self._file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            content = _read(self._file)
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"tokenizer: {self._file} cannot be read: {error}. Expected a tokenizer.json or a folder with one"
             ) from error
@@ -82,9 +84,9 @@ class HuggingFaceTokenizer:
         where = "tokenizer: end_token"
         if named is None and self._config_file.is_file():
             try:
-                config = json.loads(self._config_file.read_text(encoding="utf-8"))
+                config = json.loads(_read(self._config_file))
                 token = config.get("eos_token")
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
                 raise ConfigError(f"tokenizer: {self._config_file} is not a tokenizer_config.json: {error}") from error
             named = token.get("content") if isinstance(token, dict) else token
             where = f"tokenizer: eos_token of {self._config_file}"
@@ -96,6 +98,8 @@ class HuggingFaceTokenizer:
                     f"has {', '.join(usual) or 'none'}. Expected end_token = one token of its vocabulary"
                 )
             named = usual[0]
+        if not isinstance(named, str):
+            raise ConfigError(f"{where} is {type(named).__name__}, expected a text")
         token_id = self._tokenizer.token_to_id(named)
         if token_id is None:
             raise ConfigError(
@@ -103,3 +107,12 @@ class HuggingFaceTokenizer:
                 "end-of-sequence token"
             )
         return int(token_id)
+
+
+def _read(path: Path) -> str:
+    """The text of a file. Raises OSError, ValueError where it is too long or not UTF-8."""
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES} bytes")
+    return content.decode("utf-8")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from anytimed import registry
 from anytimed.config import AdapterTable, Config
@@ -22,9 +23,12 @@ from anytimed.optim.settings import POLYAK
 from anytimed.service.timetable import plan
 from anytimed.storage.pull import pull
 from anytimed.storage.store import Store
+from anytimed.storage.strangers import CONFIG_BYTES, INDEX_NAME, read_json, weight_files
 from anytimed.training.device import Device
 from anytimed.training.learner import Learner
 from anytimed.training.optimizers import Recipe
+from anytimed.training.sample import load_tensors
+from anytimed.urls import public, without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -99,7 +103,8 @@ def _places_apart(config: Config, file: str) -> None:
 
 
 def shape(parts: Parts) -> Json:
-    """What may not change on resume: it decides which tensors there are, or which tokens come next."""
+    """What may not change on resume: it decides which tensors there are, or which tokens come next. Without
+    credentials: those may change, and what is committed must not hold them."""
 
     def told(table: AdapterTable, adapter: object) -> Json:
         settings = getattr(adapter, "settings", None)
@@ -109,7 +114,6 @@ def shape(parts: Parts) -> Json:
     sources = {}
     for name, table in config.sources.items():
         sources[name] = {**told(table, parts.streams[name]), "weight": table.weight}
-        sources[name].pop("storage_options", None)
     made: Json = {
         "model": told(config.model, parts.model),
         "tokenizer": told(config.tokenizer, parts.tokenizer),
@@ -122,7 +126,7 @@ def shape(parts: Parts) -> Json:
         "sources": sources,
         "run": {"seed": config.run.seed},
     }
-    plain: Json = json.loads(json.dumps(made))
+    plain: Json = json.loads(json.dumps(public(made)))
     return plain
 
 
@@ -184,18 +188,22 @@ def initial_weights(parts: Parts, where: str, cache: Path) -> Mapping[str, torch
     """x of another run, or any Hugging Face checkpoint of the model's family: a local folder, a published prefix, or a
     URL of a Hugging Face folder; the latter two are fetched into `cache`. Raises ConfigError naming what does not
     fit."""
-    folder = _fetched(where, cache)
-    hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    folder, told = _fetched(where, cache), without_credentials(where)
+    hf_config = read_json(folder / "config.json", CONFIG_BYTES)
     if hf_config.get("model_type") != parts.model.hf_model_type:
         raise ConfigError(
-            f'init_from: {where} is a "{hf_config.get("model_type")}", '
+            f'init_from: {told} is a "{str(hf_config.get("model_type"))[:80]}", '
             f'[model] type = "{parts.config.model.type}" reads "{parts.model.hf_model_type}"'
         )
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
-        raise ConfigError(f"init_from: no .safetensors in {where}")
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    return parts.model.initial_weights(tensors, hf_config, parts.tokenizer.vocab_size)
+        raise ConfigError(f"init_from: no .safetensors in {told}; pickled weights are not read: convert them first")
+    try:
+        return parts.model.initial_weights(load_tensors(files), hf_config, parts.tokenizer.vocab_size)
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"init_from: {told}/config.json describes no model of this family: {error!r}") from error
 
 
 def _fetched(where: str, cache: Path) -> Path:
@@ -206,11 +214,14 @@ def _fetched(where: str, cache: Path) -> Path:
     store = Store(where)
     if not store.exists("config.json"):
         return pull(where, cache).path
-    for key in store.list():
-        if key == "config.json" or (key.endswith(".safetensors") and "/" not in key):
-            size = store.size(key)
-            log.info("fetching %s/%s, %d bytes", where, key, size)
-            with (cache / key).open("xb") as file:
-                for chunk in store.download(key, size):
-                    file.write(chunk)
+    wanted = [k for k in store.list() if k in ("config.json", INDEX_NAME) or re.fullmatch(r"[^/]+\.safetensors", k)]
+    sizes = {key: store.size(key) for key in wanted}
+    free = shutil.disk_usage(cache).free
+    if sum(sizes.values()) > free:
+        raise ConfigError(f"init_from: {store.url} has {sum(sizes.values())} bytes, {cache} has {free} free")
+    for key, size in sizes.items():
+        log.info("fetching %s/%s, %d bytes", store.url, key, size)
+        with (cache / key).open("xb") as file:
+            for chunk in store.download(key, size):
+                file.write(chunk)
     return cache

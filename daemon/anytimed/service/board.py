@@ -19,6 +19,7 @@ from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session
 from anytimed.service.requests import Verified
 from anytimed.service.systemd import Systemd
+from anytimed.urls import told, without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -122,8 +123,8 @@ class Board:
         return {
             "state": self.state,
             "since": self.since,
-            "reason": self.reason,
-            "degraded": [*self.problems.values(), *filter(None, failing)],
+            "reason": told(self.reason),
+            "degraded": [told(problem) for problem in (*self.problems.values(), *filter(None, failing))],
             "run_id": run.run_id,
             "term": run.term,
             "pid": os.getpid(),
@@ -142,7 +143,7 @@ class Board:
             "mirror": self._mirror(),
             "export": self.export,
             "upload": self._outbox.upload,
-            "exports_url": config.exports.url,
+            "exports_url": without_credentials(config.exports.url),
             "store": self._keeper.status(),
             "sources": reading["sources"],
             "batches_ready": reading["ready"],

@@ -21,6 +21,7 @@ from anytimed.storage.probe import probe
 from anytimed.storage.store import Store
 from anytimed.training.device import Device
 from anytimed.training.footprint import Footprint, estimate
+from anytimed.urls import told
 
 READ_AT_MOST = 100
 
@@ -98,7 +99,7 @@ def _tried(what: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(what, True, look())
     except (AnytimedError, OSError) as error:
-        return Finding(what, False, str(error))
+        return Finding(what, False, told(str(error)))
 
 
 def _read(stream: Stream) -> str:

@@ -19,11 +19,19 @@ from rich.panel import Panel
 from rich.table import Table
 
 from anytimed.contracts import Json
+from anytimed.urls import told
 
 QUIET_LINE_S = 10.0
 
 
-class _JournalFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Without credentials, in messages and tracebacks alike."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return told(super().format(record))
+
+
+class _JournalFormatter(_Formatter):
     PRIORITY: ClassVar = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
     def format(self, record: logging.LogRecord) -> str:
@@ -37,12 +45,12 @@ def configure_logging(console: Console) -> None:
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stdout)
         journal = "JOURNAL_STREAM" in os.environ
         handler.setFormatter(
-            _JournalFormatter("%(message)s") if journal else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+            _JournalFormatter("%(message)s") if journal else _Formatter("%(asctime)s %(levelname)s %(message)s")
         )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("anytimed").setLevel(logging.INFO)

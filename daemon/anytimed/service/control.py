@@ -1,14 +1,14 @@
 """The control socket: HTTP over a Unix socket in the run directory.
 
 In order: binding and connecting by way of the folder's descriptor, because a socket's path may not exceed 107 bytes
-and a run directory may; the server, two routes in a thread of its own that only read the last status or post a
-request; the client that the CLI uses."""
+and a run directory may; connections that are few, and closed when they ask for nothing; the server, two routes in a
+thread of its own that only read the last status or post a request; the client that the CLI uses."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
-import json
 import os
 import socket
 import threading
@@ -23,11 +23,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anytimed.contracts import AnytimedError, Json
 from anytimed.service.requests import Export, Mailbox
+from anytimed.storage.strangers import parse
+from anytimed.urls import told
 
 EXPORT_TIMEOUT_S = 600.0
+ANSWER_BYTES = 16 << 20
+MOST_CONNECTIONS = 64
+SLOWEST_S = 10.0
 
 
 @contextlib.contextmanager
@@ -40,6 +46,25 @@ def _short(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
+class _Connection(H11Protocol):
+    """One of at most MOST_CONNECTIONS, each of which has SLOWEST_S to send its request: a monitor that forgets to close
+    its sockets must not take the file descriptors that commits need."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(SLOWEST_S, self._close_unless_asked)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def _close_unless_asked(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+
 class Control:
     """Serves `GET /status` and `POST /export` on a socket that only the owner and its group may use."""
 
@@ -49,7 +74,11 @@ class Control:
         app = Starlette(
             routes=[Route("/status", self._get_status), Route("/export", self._post_export, methods=["POST"])]
         )
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+        # Its log lines go through ours, which hides credentials; garbage that somebody sends is no line of a log.
+        config = uvicorn.Config(
+            app, http=_Connection, ws="none", log_config=None, log_level="error", access_log=False, lifespan="off"
+        )
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="control", daemon=True)
 
     def start(self) -> None:
@@ -57,7 +86,7 @@ class Control:
         self._path.unlink(missing_ok=True)
         with _short(self._path) as address:
             self._socket.bind(address)
-        self._path.chmod(0o660)
+        self._path.chmod(0o660)  # nobody connects before listen(), which the thread calls
         self._thread.start()
 
     def close(self) -> None:
@@ -77,7 +106,7 @@ class Control:
         try:
             return JSONResponse(await run_in_threadpool(reply.result, EXPORT_TIMEOUT_S))
         except AnytimedError as error:
-            return JSONResponse({"error": str(error)}, status_code=503)
+            return JSONResponse({"error": told(str(error))}, status_code=503)
         except TimeoutError:
             return JSONResponse(
                 {"error": f"not published within {EXPORT_TIMEOUT_S:.0f} s; it goes on"}, status_code=504
@@ -97,15 +126,19 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(path: Path, method: str, route: str, timeout_s: float = EXPORT_TIMEOUT_S + 5) -> Json:
-    """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says
-    no."""
+    """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says no
+    or answers with something else."""
     connection = _UnixConnection(path, timeout_s)
     try:
         connection.request(method, route)
         response = connection.getresponse()
-        answer: Json = json.loads(response.read())
+        answer = parse(response.read(ANSWER_BYTES), str(path))
+    except http.client.HTTPException as error:
+        raise AnytimedError(f"{path}: no daemon of anytimed answers there: {error!r}") from error
     finally:
         connection.close()
+    if not isinstance(answer, dict):
+        raise AnytimedError(f"{path}: answers {type(answer).__name__}, expected a JSON object")
     if response.status >= 400:
         raise AnytimedError(str(answer.get("error", f"the daemon answered {response.status}")))
     return answer

@@ -30,6 +30,7 @@ from anytimed.service.requests import Mailbox, Request
 from anytimed.service.saving import Saving
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
+from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -59,11 +60,12 @@ class Daemon:
         self._give_up = self._hung_up = False
         self._systemd = Systemd()
         self._gate = Gatekeeper(session.standing, session.served)
+        self._url = without_credentials(self._config.exports.url)
         exports, run = self._config.exports, session.run
         self._keeper = Keeper(
             session.store, run.run_id, run.term, mailbox.post, ttl_s=exports.lease_s, require=exports.require_conditions
         )
-        self._outbox = Outbox(session.spool, session.publisher, self._keeper, mailbox.post, exports.url, session.parent)
+        self._outbox = Outbox(session.spool, session.publisher, self._keeper, mailbox.post, self._url, session.parent)
         self._keeper.on_held, self._outbox.keeps = self._outbox.wake, self._gate.keeps
         self._board = Board(session, view, self._systemd, self._outbox, self._keeper)
         self._saving = Saving(session, self._config.commits, self._board, mailbox.post, self._snapshot)
@@ -286,7 +288,7 @@ class Daemon:
             self._gate.published(done)
             self._outbox.keeps = self._gate.keeps
             self._board.export = {"step": done.step, "checkpoint": done.checkpoint, "time": time.time()}
-            log.info("exported step %d: %s/checkpoints/%s", done.step, self._config.exports.url, done.checkpoint)
+            log.info("exported step %d: %s/checkpoints/%s", done.step, self._url, done.checkpoint)
             self._mailbox.post(requests.Retain())
         self._tell()
 

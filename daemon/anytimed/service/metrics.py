@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from anytimed.contracts import Json
 from anytimed.storage.durable import append_line
@@ -30,7 +31,9 @@ class Metrics:
         """Replace status.json."""
         beside = self._status.with_name(".tmp-status.json")
         try:
-            beside.write_text(json.dumps(status), encoding="utf-8")
+            beside.unlink(missing_ok=True)
+            with _private(beside, os.O_EXCL) as file:
+                file.write(json.dumps(status))
             beside.replace(self._status)
             self._failures.pop(self._status, None)
         except OSError as error:
@@ -44,6 +47,11 @@ class Metrics:
             self._failures.pop(self._path, None)
         except OSError as error:
             self._failures[self._path] = f"{self._path}: {error}"
+
+
+def _private(path: Path, flags: int) -> TextIO:
+    """A file to write, for the owner's eyes, and never through a symlink."""
+    return os.fdopen(os.open(path, flags | os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w")
 
 
 def _json(value: Any) -> Any:

@@ -8,19 +8,20 @@ two copies that leave the training: the snapshot of a commit and the content of 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
 from anytimed.config import Config, ExportsTable
 from anytimed.contracts import (
+    AnytimedError,
     ConfigError,
     CorruptError,
     Evaluation,
@@ -46,6 +47,7 @@ from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.store import Store, StoreError
 from anytimed.training.device import Device
 from anytimed.training.learner import Learner
+from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -166,14 +168,6 @@ class Session:
         )
 
 
-def without_credentials(url: str) -> str:
-    """A URL as it may be published: no user, password or query."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Session:
     """Bring the run in a directory that is ours back to its newest commit, or begin it.
 
@@ -214,7 +208,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     for rejected in commits.rejected:
         log.warning("rejected a commit: %s", rejected)
     if commit is not None:
-        _fits(parts, commit)
+        with _described_by(commit):
+            _fits(parts, commit)
 
     device = Device(
         config.run.device,
@@ -226,7 +221,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     if commit is None and config.model.init_from is not None:
         with tempfile.TemporaryDirectory(prefix=".tmp-init-", dir=run.path) as cache:
             learner.start_from(initial_weights(parts, config.model.init_from, Path(cache)))
-    position = Position() if commit is None else _restore(learner, commit)
+    with _described_by(commit):
+        position = Position() if commit is None else _restore(learner, commit)
 
     quarantine = Quarantine(run.quarantine / "records")
     pipeline = pipeline_of(parts, journal, quarantine)
@@ -265,9 +261,10 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         else:
             log.info("new run %s in %s on %s", run.run_id, run.path, device)
         return session
-    session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
-    session.parent = session.parent or commit.state["parent_checkpoint"]
-    written = datetime.fromisoformat(commit.manifest.created).timestamp()
+    with _described_by(commit):
+        session.evaluation = Evaluation.from_json(commit.state["evaluation"]) if commit.state["evaluation"] else None
+        session.parent = session.parent or commit.state["parent_checkpoint"]
+        written = datetime.fromisoformat(commit.manifest.created).timestamp()
     where = {"step": commit.manifest.step, "path": str(commit.path), "time": written}
     session.resumed = {**where, "from": origin.taken}
     via = f", taken from the mirror {origin.mirror.url}," if origin.mirror and origin.taken == "mirror" else ""
@@ -276,8 +273,25 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
 
 
 def _journal_needs(commit: Commit) -> tuple[int, str]:
-    position = commit.state["position"]
-    return position["journal_length"], position["journal_digest"]
+    with _described_by(commit):
+        position = commit.state["position"]
+        needs = position["journal_length"], position["journal_digest"]
+    return needs
+
+
+@contextlib.contextmanager
+def _described_by(commit: Commit | None) -> Iterator[None]:
+    """A state that is no state of ours, though its digest is right, is a named error."""
+    try:
+        yield
+    except AnytimedError as error:
+        if commit is None or not isinstance(error, CorruptError) or str(commit.path) in str(error):
+            raise
+        raise CorruptError(f"{commit.path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if commit is None:
+            raise
+        raise CorruptError(f"{commit.path}: its state is none of anytimed's: {error!r}; restore another one") from error
 
 
 def _fits(parts: Parts, commit: Commit) -> None:

@@ -7,7 +7,6 @@ Reading distinguishes what is wrong with the commit (`Damaged`) from what is wro
 from __future__ import annotations
 
 import errno
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,13 @@ from anytimed.contracts import AnytimedError, CorruptError, Json
 
 from .durable import digest_of, forget_cached
 from .manifest import MANIFEST_BYTES, CommitManifest
+from .strangers import read_json
 
 NAME = re.compile(r"([0-9]{6,12})-([0-9]{10,15})")
 """<seq>-<step>, the name of a commit's folder."""
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+_STATE_BYTES = 256 << 20
 _ROTTEN = getattr(errno, "EUCLEAN", errno.EIO)  # Linux: "structure needs cleaning"
 _DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EBADMSG, _ROTTEN})
 """What says that the stored bytes are gone or rotten. Any other error says something about this process or this moment
@@ -54,9 +55,8 @@ class Commit:
 
     @property
     def state(self) -> Json:
-        """The JSON that was committed beside the tensors."""
-        state: Json = json.loads((self.path / STATE).read_bytes())
-        return state
+        """The JSON that was committed beside the tensors. Raises CorruptError."""
+        return read_json(self.path / STATE, _STATE_BYTES)
 
     @property
     def tensor_files(self) -> list[Path]:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 512
 """Disks write no less at a time."""
+_LINE_BYTES = 256 << 20
+"""The longest entry: the names of a million files that were found at once."""
 
 
 class Journal:
@@ -74,6 +76,8 @@ class Journal:
             told = {"scope": scope, "n": self.length(scope) + 1, "digest": digest}
             body = f'{json.dumps(told, separators=(",", ":"))[:-1]},"entry":{text}'.encode()
             line = body + b',"crc":%d}\n' % zlib.crc32(body)
+            if len(line) > _LINE_BYTES:
+                raise AnytimedError(f"{self._path}: an entry of {len(line)} bytes; the most is {_LINE_BYTES}")
             try:
                 write_all(self._file, memoryview(line))
             except OSError as error:
@@ -187,7 +191,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
     with path.open("rb") as file:
         left = os.fstat(file.fileno()).st_size
         number = 0
-        while left and (line := file.readline(left)):
+        while left and (line := file.readline(min(left, _LINE_BYTES))):
             left -= len(line)
             number += 1
             yield number, line, not left
@@ -211,8 +215,8 @@ def _checked(where: str, line: bytes, ends: Callable[[str], tuple[int, str]]) ->
         scope, n, found, entry = told["scope"], told["n"], told["digest"], told["entry"]
         if zlib.crc32(line.rpartition(b',"crc":')[0]) != told["crc"]:
             raise ValueError(f"its bytes have another checksum than {told['crc']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{where}: no journal entry ({error}); {hint}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refused(f"{where}: no journal entry ({str(error)[:200]}); {hint}") from error
     length, digest = ends(scope)
     expected = chain(digest, entry)
     if n != length + 1 or found != expected:

@@ -28,6 +28,8 @@ POINTER_BYTES = 1 << 20
 CHECKPOINTS = "checkpoints"
 """The folder of a published prefix that holds one folder a checkpoint."""
 MANIFEST_NAME = "manifest.json"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""What libraries load by unpickling; no checkpoint of ours holds any."""
 
 _ID = re.compile(r"([0-9]{5,9})-([0-9]{6,12})-([0-9]{10,15})")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
@@ -197,6 +199,9 @@ class Manifest(Stored):
         if self.id != expected:
             raise ValueError(f"id {self.id} does not say term, seq and step, which are {expected}")
         unique(self.files, MANIFEST_NAME)
+        pickled = [entry.name for entry in self.files if entry.name.lower().endswith(PICKLED)]
+        if pickled:
+            raise ValueError(f"{pickled[0]!r} would be loaded by unpickling, which runs code; expected safetensors")
         return self
 
     @property

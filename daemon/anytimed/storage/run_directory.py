@@ -28,12 +28,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from anytimed.contracts import AnytimedError, ConfigError, Json, Refused
+from anytimed.contracts import AnytimedError, ConfigError, CorruptError, Json, Refused
+from anytimed.trust import owned_by_us
 
 from .durable import fsync_folder, make_folders, write_durably
+from .manifest import MANIFEST_BYTES
+from .strangers import read_json
 
 log = logging.getLogger(__name__)
 
+_OWNER_BYTES = 64 << 10
 _BUSY_S = 0.4
 """How long a busy lock is tried again: enough for the holder to have written OWNER, and for a stopped one to be
 gone."""
@@ -108,13 +112,13 @@ class RunDirectory:
     def owner(self) -> Owner | None:
         """What OWNER says, whether or not its process still runs; None where it is missing or damaged."""
         try:
-            told = json.loads((self.path / "OWNER").read_bytes())
+            told = read_json(self.path / "OWNER", _OWNER_BYTES)
             if told["digest"] != _digest(told):
                 return None
             return Owner(
                 str(told["run_id"]), int(told["term"]), int(told["pid"]), str(told["host"]), str(told["started"])
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, CorruptError, ValueError, KeyError, TypeError):
             return None
 
     def acquire(self, at_least: int = 0, run_id: str | None = None) -> None:
@@ -223,7 +227,20 @@ class RunDirectory:
             make_folders(self.path, mode=0o700)
         if not self.path.is_dir():
             raise ConfigError(f"{self.path}: a file; expected a run directory, or a path where one can be made")
-        if self.path.stat().st_mode & 0o077:
+        found = self.path.stat()
+        if not owned_by_us(found):
+            raise ConfigError(
+                f"{self.path}: belongs to uid {found.st_uid}, who could exchange what is in it; expected uid "
+                f"{os.geteuid()}: chown it, or choose another"
+            )
+        if found.st_mode & 0o022 and any(self.path.iterdir()):
+            raise ConfigError(
+                f"{self.path}: others can write here (mode {found.st_mode & 0o777:o}) and there is something in it; "
+                "expected a run that is ours alone, or an empty folder: look at what is there, then chmod 700 it"
+            )
+        for planted in (p for p in self.path.iterdir() if p.is_symlink() and not owned_by_us(p.lstat())):
+            raise ConfigError(f"{planted}: a symlink that uid {planted.lstat().st_uid} made; remove it")
+        if found.st_mode & 0o077:
             if any(self.path.iterdir()) and not (self.path / "LOCK").exists():
                 raise ConfigError(
                     f"{self.path}: holds other things and is open to other users (mode "
@@ -236,7 +253,7 @@ class RunDirectory:
         """The locked LOCK. Raises Refused naming who holds it."""
         give_up = time.monotonic() + _BUSY_S
         while True:
-            file = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with contextlib.suppress(FileNotFoundError):
@@ -265,8 +282,8 @@ class RunDirectory:
         """Run id and term where OWNER is gone: from our commits, else a term above that of every run moved aside."""
         found = []
         for manifest in self.commits.glob("*/MANIFEST.json"):
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                told = json.loads(manifest.read_bytes())
+            with contextlib.suppress(CorruptError, ValueError, KeyError, TypeError, OSError):
+                told = read_json(manifest, MANIFEST_BYTES)
                 found.append(Owner(str(told["run_id"]), int(told["term"]), 0, "", ""))
         if not found:
             # A crash between start_fresh and the first acquire must not let the term fall back, so it is looked up

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
 from anytimed.contracts import AnytimedError, ConfigError, CorruptError
+from anytimed.urls import bounded, credentials, told
 
 from . import s3
 from .durable import CHUNK_BYTES, beside, fsync_folder, make_folders, write_durably, write_new
@@ -40,7 +40,6 @@ from .web import WholeObject, is_web, read_range, whole
 __all__ = ["MissingKey", "Store", "StoreError", "check_key", "fsync_folder", "write_durably"]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
-_HARMLESS_OPTIONS = frozenset({"endpoint_url", "region_name", "project", "protocol", "host", "port"})
 _DOWNLOAD_BYTES = 16 << 20
 """Asked of a remote store in one request: the cost of a request is small beside it, so is the memory."""
 _SMALL_BYTES = 16 << 20
@@ -92,14 +91,15 @@ class Store:
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None, *, deadline_s: float = 60.0) -> None:
         """Makes no request. Raises ConfigError on an unknown or chained URL, or where its package is not installed."""
         options = dict(storage_options or {})
-        self._secrets = _secrets_of(url, options)
+        self._secrets = credentials(url, options)
         self._deadline_s = deadline_s
         self.url = self._told(url)
         if "::" in url:
             raise ConfigError(f"{self.url}: chained URLs are not supported, a cache between would serve what is gone")
         try:
             self._fs, root = fsspec.url_to_fs(
-                url, **{**s3.options(url, options), "use_listings_cache": False, "skip_instance_cache": True}
+                url,
+                **{**bounded(url, s3.options(url, options)), "use_listings_cache": False, "skip_instance_cache": True},
             )
         except (ValueError, ImportError, TypeError) as error:
             raise ConfigError(
@@ -510,36 +510,8 @@ class Store:
 
     def _told(self, text: str) -> str:
         """`text` without what must not be read by others."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        text = re.sub(r"://[^/@\s]+@", "://***@", text)
-        return re.sub(r"(://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", text)
+        return told(text, self._secrets)
 
 
 class _Exists(StoreError):
     """A create was refused because there is an object."""
-
-
-def _secrets_of(url: str, options: Mapping[str, Any]) -> list[str]:
-    """Every text that may be a credential: passwords in the URL, and all options but those known to be harmless."""
-    found = set()
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
-        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-        found |= {user, unquote(user), password, unquote(password)} if password else {user, unquote(user)}
-
-    def leaves(value: object) -> None:
-        if isinstance(value, str):
-            found.add(value)
-        elif isinstance(value, Mapping):
-            for name, inner in value.items():
-                if name not in _HARMLESS_OPTIONS:
-                    leaves(inner)
-        elif isinstance(value, list | tuple):
-            for inner in value:
-                leaves(inner)
-
-    leaves(options)
-    # Very short texts are no secrets, and replacing them would garble every message. Longest first: one may hold
-    # another.
-    return sorted((text for text in found if len(text) >= 4), key=len, reverse=True)

@@ -23,6 +23,7 @@ from .manifest import MANIFEST_NAME, Manifest
 from .partial import Partial, Progress, claim, sweep
 from .ranges import Budget
 from .store import Store
+from .strangers import check_folder
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -78,6 +79,7 @@ class Target:
                 with self._partial(manifest, data) as partial:
                     self._check_space(manifest, partial.have_bytes)
                     partial.fill(store, budget, progress)
+                    check_folder(partial.path, (entry.name for entry in manifest.files))
                     partial.seal(data)
                     self._install(partial.path, manifest, data)
             with self._locked():

@@ -17,16 +17,18 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic_core import from_json
 
 from anytimed.contracts import CorruptError, HostTensor
 
 from .durable import CHUNK_BYTES, write_all
 
 MAX_HEADER_BYTES = 64 << 20
+_MOST_DIMENSIONS = 64
+"""As many as torch's tensors can have; without a limit, the product of a million sizes would take hours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +134,9 @@ def read_header(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> Header:
             raise CorruptError(f"{path}: header of {length} bytes; expected 2 to {max_bytes}, and within the file")
         raw = file.read(length)
     try:
-        told = from_json(raw)
-        metadata = {str(key): str(value) for key, value in told.pop("__metadata__", {}).items()}
-        tensors = {
-            str(name): TensorPlace(t["dtype"], tuple(map(int, t["shape"])), *map(int, t["data_offsets"]))
-            for name, t in told.items()
-        }
+        told = json.loads(raw, object_pairs_hook=_once)
+        metadata = {key: _text(value) for key, value in told.pop("__metadata__", {}).items()}
+        tensors = {name: _place(t) for name, t in told.items()}
         at = 0
         for name, place in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
             if place.start != at or place.end - place.start != size_bytes(place.dtype, place.shape):
@@ -145,8 +144,8 @@ def read_header(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> Header:
             at = place.end
         if at != data_bytes:
             raise ValueError(f"{data_bytes} bytes of data, the header describes {at}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptError(f"{path}: not a whole safetensors file: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{path}: not a whole safetensors file: {str(error)[:300]}") from error
     return Header(tensors, metadata, 8 + length)
 
 
@@ -163,6 +162,34 @@ def non_finite(tensor: HostTensor) -> int | None:
         if exponents.max() == mask:
             return (start + int(np.argmax(exponents == mask))) * words.itemsize * 8 // kind.bits
     return None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which every key stands once: of two, each reader would take the one it likes."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in the header")
+    return found
+
+
+def _place(told: Mapping[str, Any]) -> TensorPlace:
+    """A tensor's entry. Raises ValueError, KeyError, TypeError on what the format does not allow."""
+    shape, offsets = told["shape"], told["data_offsets"]
+    if len(told) != 3 or len(shape) > _MOST_DIMENSIONS or len(offsets) != 2:
+        raise ValueError(
+            f"a tensor has dtype, 2 offsets and at most {_MOST_DIMENSIONS} dimensions; found {sorted(told)}, "
+            f"{len(shape)} dimensions, {len(offsets)} offsets"
+        )
+    for number in (*shape, *offsets):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"sizes and offsets are whole numbers from 0 to 2^63 - 1; found {str(number)[:40]}")
+    return TensorPlace(_text(told["dtype"]), tuple(shape), *offsets)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found {type(value).__name__}")
+    return value
 
 
 def _chunks(tensors: Mapping[str, HostTensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:

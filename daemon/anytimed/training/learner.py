@@ -156,8 +156,11 @@ class Learner:
         Raises CorruptError where names, shapes or types differ from this model's and this optimizer's."""
         stored: dict[str, Tensor] = {}
         for file in files:
-            with safe_open(file, framework="pt") as reader:
-                stored.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118 (not a dict)
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    stored.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118 (not a dict)
+            except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+                raise CorruptError(f"{file}: cannot be loaded: {error}") from error
         for name, tensor in self._state().items():
             found = stored.pop(name, None)
             if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from anytimed.contracts import ConfigError, Model, Tokenizer
+from anytimed.contracts import CorruptError, Json, Model, Tokenizer
 
 
-def load_module(model: Model, folder: Path, vocab_size: int) -> torch.nn.Module:
-    """The checkpoint's module in evaluation mode, on the CPU in float32. Raises ConfigError where tensors do not
-    fit."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder}: no .safetensors file; give the folder that `anytimed pull` printed, or a URL")
-    tensors = {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights = model.initial_weights(tensors, config, vocab_size)
+def load_module(model: Model, files: Sequence[Path], hf_config: Json, vocab_size: int) -> torch.nn.Module:
+    """The module with the tensors of checked safetensors files, in evaluation mode, on the CPU in float32. Raises
+    ConfigError where tensors do not fit, CorruptError on what cannot be loaded or is not finite."""
+    weights = model.initial_weights(load_tensors(files), hf_config, vocab_size)
     module = model.build(vocab_size)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name].float())
     return module.eval()
+
+
+def load_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's files, by name. Raises CorruptError naming file and tensor."""
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise CorruptError(f"{file}: cannot be loaded: {error}") from error
+        for name, tensor in tensors.items():
+            if name in found:
+                raise CorruptError(f"{file}: tensor {name} is in another file too; expected every tensor once")
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                raise CorruptError(f"{file}: tensor {name} holds NaN or Inf; it would spoil whatever starts from it")
+        found |= tensors
+    return found
 
 
 @torch.no_grad()
