@@ -210,9 +210,20 @@ def test_two_runs_on_one_prefix_the_second_is_refused_and_harms_nothing(tmp_path
 def test_a_manifest_that_appears_during_the_upload_is_a_fence(site: Site) -> None:
     item = site.spool.build(content(1))
     key = f"checkpoints/{item.id}/manifest.json"
+    theirs = item.data.replace(site.run.run_id.encode(), b"another run")
     with pytest.raises(Refused, match="another writer published other bytes"):
-        site.publisher.publish(item, check=lambda: site.store.replace(key, b"theirs"))
-    assert site.store.read(key, 100) == b"theirs" and not site.store.exists("latest.json")
+        site.publisher.publish(item, check=lambda: site.store.replace(key, theirs))
+    assert site.store.read(key, 1 << 20) == theirs and not site.store.exists("latest.json")
+
+
+def test_a_manifest_that_is_nobody_s_is_written_again(site: Site) -> None:
+    item = site.spool.build(content(1))
+    key = f"checkpoints/{item.id}/manifest.json"
+    site.store.replace(key, b"\0" + item.data[1:])
+    with pytest.raises(StoreError, match="holds other bytes than were sent"):
+        site.publisher.publish(item)
+    site.publisher.publish(item)
+    assert site.store.read(key, 1 << 20) == item.data and site.pointed() == item.id
 
 
 def test_an_answer_lost_at_every_put_is_healed_by_doing_it_again(tmp_path: Path) -> None:

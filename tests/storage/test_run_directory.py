@@ -31,7 +31,7 @@ sys.stdin.read()
 def test_made_private_with_all_folders(tmp_path: Path) -> None:
     run = acquired(tmp_path / "deep" / "run")
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
-    assert sorted(p.name for p in run.path.iterdir()) == ["LOCK", "OWNER", "commits", "quarantine", "spool"]
+    assert sorted(p.name for p in run.path.iterdir()) == ["LOCK", "OWNER", "commits", "quarantine", "served", "spool"]
     assert (run.journal.name, run.status.name, run.metrics.name) == ("journal.jsonl", "status.json", "metrics.jsonl")
 
 
