@@ -53,11 +53,12 @@ class Plan:
 
 @dataclass(slots=True)
 class Proof:
-    """What was found, and what it cost. `replayed`: steps that had been seen taken and were taken again."""
+    """What was found, and what it cost. `killed`: for each kill, in the middle of what, and the step of the newest
+    commit then. `replayed`: steps that had been seen taken and were taken again."""
 
     steps: int
     kills: int
-    killed_during: Counter[str] = field(default_factory=Counter)
+    killed: list[tuple[str, int]] = field(default_factory=list)
     dry: str | None = None
     starts: int = 0
     replayed: int = 0
@@ -145,7 +146,7 @@ def scratch_folder(keep: Path | None) -> Iterator[Path]:
 def verdict(proof: Proof, plan: Plan) -> Iterator[str]:
     """What a person reads, line by line."""
     found = proof.found
-    during = ", ".join(f"{count} {what}" for what, count in sorted(proof.killed_during.items()))
+    during = ", ".join(f"{count} {what}" for what, count in sorted(Counter(what for what, _ in proof.killed).items()))
     if proof.dry:
         yield f"The stream gave {proof.steps} of {plan.steps} steps ({proof.dry}); the proof is about those."
     after = f"at step {found.step}, after {proof.kills} kills" + (f" ({during})" if during else "")
@@ -224,10 +225,10 @@ def _killed(plan: Plan, folder: Path, proof: Proof, pace: _Pace, tell: Tell) -> 
                 raise life.failed(code)
             # It was over before the moment came. A run that is over can still be killed while it starts.
             moment = replace(moment, kind="start-up")
-        proof.killed_during[life.doing()] += 1
-        seen = life.status()
-        proof.replayed += max(0, (seen["step"] if seen else 0) - committed_step(folder))
-        tell(KILLED, committed_step(folder), steps)
+        committed, seen = committed_step(folder), life.status()
+        proof.killed.append((life.doing(), committed))
+        proof.replayed += max(0, (seen["step"] if seen else 0) - committed)
+        tell(KILLED, committed, steps)
     _to_the_end(steps, folder, proof, tell, KILLED)
 
 

@@ -74,7 +74,7 @@ class Life:
             return "during a commit"
         if any((self.folder / "run" / "spool").iterdir()):
             return "during an export"
-        return "waiting" if self._status and self._status["state"] == WAITING else "between"
+        return WAITING if self._status and self._status["state"] == WAITING else "in or between steps"
 
     def ended(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
