@@ -10,7 +10,6 @@ import hashlib
 import json
 import select
 import sys
-import time
 from pathlib import Path
 
 from anytimed.storage.manifest import CheckpointId
@@ -23,7 +22,7 @@ Order = tuple[int, int]
 def read_for_ever(url: str, to: Path) -> None:
     pointed, pulled = (0, 0), (0, 0)
     polls = 0
-    while not select.select([sys.stdin], [], [], 0)[0]:
+    while not select.select([sys.stdin], [], [], 0.02)[0]:
         try:
             newest = latest(url)
             assert newest.order >= pointed, f"latest.json went back from {pointed} to {newest.id}"
@@ -31,7 +30,6 @@ def read_for_ever(url: str, to: Path) -> None:
             got = pull(url, to)
         except MissingKey:
             assert pointed == (0, 0), f"nothing is published, and {pointed} was"
-            time.sleep(0.02)
             continue
         polls += 1
         assert not got.fell_back, f"{got.manifest.id} in place of a damaged one"

@@ -1,5 +1,5 @@
-"""Fault 18: SIGKILL at random moments, by `anytimed prove`, while a reader pulls without pause; and an audit of what was
-trained on that asks neither the pipeline nor its counters."""
+"""Fault 18: SIGKILL at random moments, by `anytimed prove`, while a reader pulls without pause; and an audit of what
+was trained on that asks neither the pipeline nor its counters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import tiny
 from tests.crash import audited
 from tests.faultlog import FULL, Injected
 
-KILLS, STEPS = (200, 3000) if FULL else (20, 400)
+KILLS, STEPS = (200, 3000) if FULL else (20, 200)
 LENGTH, BATCH, BLOCK, HELD_OUT = 32, 4, 64, 0.25
 
 
