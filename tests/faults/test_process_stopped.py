@@ -103,6 +103,7 @@ def test_a_daemon_that_is_stopped_is_killed_by_the_watchdog_or_goes_on(tmp_path:
                     assert time.monotonic() < restarted, f"{name}: the watchdog did not bark"
                     time.sleep(0.05)
                 assert process.pid in manager.barked
+                moments.reached(manager.process, folder, moments.owned_by_another_than(process.pid))
                 moments.reached(manager.process, folder, moments.trains)
             else:
                 time.sleep(WATCHDOG_S / 4)

@@ -5,7 +5,8 @@ times (`coalesce`), and nothing that happens here changes the numbers of the tra
 
 Clocks get set. Forward: `Every` makes up for nothing, where APScheduler's own interval would count every time that was
 missed. Backward: its jobs would wait until the clock shows again what it showed before, hours later; so a second thread
-looks once a second whether anything is due later than it could be from now, and brings it forward."""
+looks once a second whether anything is due later than it could be from now, brings it forward, and has the scheduler
+count anew how long to sleep."""
 
 from __future__ import annotations
 
@@ -95,3 +96,4 @@ class Timetable:
                 if job.next_run_time is not None and soonest is not None and job.next_run_time > soonest:
                     with contextlib.suppress(JobLookupError):  # a reload has replaced it meanwhile
                         job.modify(next_run_time=soonest)
+            self._scheduler.wakeup()
