@@ -31,7 +31,12 @@ UNDISTURBED, KILLED = "undisturbed", "killed"
 DRY_S, UNAVAILABLE_S = 1.0, 60.0
 """How long a run waits for data before the stream counts as dry: all of it is read; a source does not answer."""
 
-OF_THE_USER = ("exports.storage_options", "commits.mirror_url", "commits.mirror_options")
+OF_THE_USER = (
+    "exports.storage_options",
+    "commits.mirror_url",
+    "commits.mirror_storage_options",
+    "commits.mirror_keep",
+)
 """Keys that lead out of the scratch folder."""
 
 Tell = Callable[[str, int, int], None]
