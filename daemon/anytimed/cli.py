@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -231,6 +232,7 @@ def prove(
 
     config = load(path)
     plan = planned(config, steps=steps, kills=kills, seed=seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process of ours is left behind
     for line in (*plan.notes, *(f"Need not end equal: {why}" for why in plan.inexact)):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     with scratch_folder(keep) as scratch, _counted("steps") as tell:

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.crash import audited
 from tests.faultlog import FULL, Injected
 
-KILLS, STEPS = (200, 3000) if FULL else (20, 200)
+KILLS, STEPS = (200, 1200) if FULL else (20, 200)
 LENGTH, BATCH, BLOCK, HELD_OUT = 32, 4, 64, 0.25
 
 

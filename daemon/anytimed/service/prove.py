@@ -202,7 +202,7 @@ def _write_config(config: Config, plan: Plan, folder: Path) -> None:
 
 def _undisturbed(plan: Plan, folder: Path, proof: Proof, tell: Tell) -> _Pace:
     """Up to the last step, or as far as the stream goes."""
-    life = _to_the_end(plan.steps, folder, proof, tell, UNDISTURBED)
+    life, proof.dry = _to_the_end(plan.steps, folder, proof, tell, UNDISTURBED)
     proof.steps = committed_step(folder)
     if not proof.steps:
         raise ConfigError(f"not one step can be taken: {proof.dry}")
@@ -229,7 +229,7 @@ def _killed(plan: Plan, folder: Path, proof: Proof, pace: _Pace, tell: Tell) -> 
             if code:
                 raise life.failed(code)
             # It was over before the moment came. A run that is over can still be killed while it starts.
-            moment = replace(moment, kind="start-up")
+            moment = replace(moment, kind="start-up", at=moment.at / 2)
         committed, seen = committed_step(folder), life.status()
         proof.killed.append((life.doing(), committed))
         proof.replayed += max(0, (seen["step"] if seen else 0) - committed)
@@ -237,9 +237,9 @@ def _killed(plan: Plan, folder: Path, proof: Proof, pace: _Pace, tell: Tell) -> 
     _to_the_end(steps, folder, proof, tell, KILLED)
 
 
-def _to_the_end(steps: int, folder: Path, proof: Proof, tell: Tell, name: str) -> Life:
-    """One life up to `steps`, or until the stream is dry: then it is stopped, and `proof.dry` says why."""
-    life, dry_since = Life(folder, steps), None
+def _to_the_end(steps: int, folder: Path, proof: Proof, tell: Tell, name: str) -> tuple[Life, str | None]:
+    """One life up to `steps`, or until the stream is dry: then it is stopped, and why it was is the second answer."""
+    life, dry_since, dry = Life(folder, steps), None, None
     proof.starts += 1
     try:
         while (code := life.ended()) is None:
@@ -248,14 +248,14 @@ def _to_the_end(steps: int, folder: Path, proof: Proof, tell: Tell, name: str) -
                 dry_since = (dry_since or time.monotonic()) if status["state"] == WAITING else None
                 silent = any(source["unavailable"] for source in status["sources"].values())
                 if dry_since and time.monotonic() - dry_since > (UNAVAILABLE_S if silent else DRY_S):
-                    proof.dry = status["reason"]
+                    dry = str(status["reason"])
                     life.stop()
             time.sleep(0.02)
     finally:
         life.kill()
     if code:
         raise life.failed(code)
-    return life
+    return life, dry
 
 
 def _cadence(table: object) -> str:
