@@ -82,7 +82,7 @@ class Manager:
 
 
 @pytest.mark.fault(16)
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_a_daemon_that_is_stopped_is_killed_by_the_watchdog_or_goes_on(tmp_path: Path, injected: Injected) -> None:
     files = 120 if FULL else 40
     expected = moments.undisturbed(tmp_path / "undisturbed", files)

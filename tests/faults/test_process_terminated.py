@@ -28,7 +28,7 @@ POINTS = {
 
 
 @pytest.mark.fault(17)
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_sigterm_at_any_time_leaves_a_commit_of_the_last_step(tmp_path: Path, injected: Injected) -> None:
     files = 150 if FULL else 24
     expected = moments.undisturbed(tmp_path / "undisturbed", files)

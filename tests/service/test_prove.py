@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,23 @@ def test_a_stream_that_runs_dry_is_proved_as_far_as_it_goes(tmp_path: Path) -> N
 def test_no_data_is_an_error_and_no_hang(tmp_path: Path) -> None:
     said = tiny.run("prove", tiny.config(tmp_path), "--steps", "5", "--kills", "1", expect=2)
     assert "not one step can be taken: main: nothing was found yet" in said
+
+
+def test_a_proof_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 100)
+    process = tiny.start("prove", tiny.config(tmp_path), "--steps", "5000", TMPDIR=str(tmp_path))
+    owners: list[Path] = []
+    while not owners:
+        assert process.poll() is None, process.communicate()
+        owners = list(tmp_path.glob("anytimed-prove-*/undisturbed/run/OWNER"))
+        time.sleep(0.01)
+    trained = json.loads(owners[0].read_text())["pid"]
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert not Path(f"/proc/{trained}").exists()
+    assert not list(tmp_path.glob("anytimed-prove-*"))
 
 
 def test_data_that_changes_meanwhile_is_named_as_the_reason(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def committed_step(folder: Path) -> int:
     """The step that the next life resumes at, as far as names tell."""
     with contextlib.suppress(FileNotFoundError):
         names = [entry.name for entry in os.scandir(folder / "run" / "commits") if not entry.name.startswith(".")]
-        return max((int(name.rpartition("-")[2]) for name in names), default=0)
+        return int(max(names).rpartition("-")[2]) if names else 0
     return 0
 
 
