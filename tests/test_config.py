@@ -60,6 +60,41 @@ def test_the_starter_loads_and_its_commented_lines_are_the_defaults(tmp_path: Pa
     assert load(changed).digest() == plain.digest()
 
 
+def test_a_config_based_on_another_takes_what_it_does_not_give_itself(tmp_path: Path) -> None:
+    below, above = tmp_path / "below" / "base.toml", tmp_path / "above" / "over.toml"
+    for path in (below, above):
+        path.parent.mkdir()
+    below.write_text(GOOD[0].read_text() + 'storage_options = { key = "planted" }\n')
+    above.write_text(
+        'based_on = "../below/base.toml"\nwithout = ["exports.storage_options", "data.holdout.fraction", "no.such"]\n'
+        '[run]\ndirectory = "elsewhere"\n[data]\ndiscover = { every_s = 3.0 }\n'
+    )
+    plain, found = load(below), load(above)
+    assert found.run.directory == "elsewhere" and found.run.seed == plain.run.seed
+    assert found.data.discover.every_s == 3.0 and found.data.batch_size == plain.data.batch_size
+    assert found.data.holdout.fraction == 0.01 and found.data.holdout.max_tokens == plain.data.holdout.max_tokens
+    assert plain.exports.storage_options and not found.exports.storage_options
+    assert found.path == above and found.folder.resolve() == below.parent == plain.folder
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('based_on = "c.toml"', 'based_on: found "c.toml"'),
+        ('based_on = "d/../c.toml"', "allowed: another file"),
+        ("based_on = 3", "found 3"),
+        ('based_on = "c.toml"\nwithout = "x"', 'without "x"'),
+        ('based_on = "none.toml"', "none.toml: no such file"),
+    ],
+)
+def test_a_config_based_on_nothing_good_says_so(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "c.toml")
+    assert told in str(caught.value)
+
+
 def test_several_mistakes_are_all_told(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text(

@@ -1,9 +1,9 @@
 """The configuration: one TOML file into frozen models, and errors a person can act on.
 
 In order: the tables that anytimed itself owns, as pydantic models whose field names carry their units; `load`, which
-reads a file (first phase: an adapter's table is kept raw, the registry validates it with the adapter's own model);
-`explain`, which turns pydantic's errors into lines that name file, table, key, what was found and what is allowed; and
-`digest`.
+reads a file, and first the one that it is based on (first phase: an adapter's table is kept raw, the registry validates
+it with the adapter's own model); `explain`, which turns pydantic's errors into lines that name file, table, key, what
+was found and what is allowed; and `digest`.
 
 No field names a horizon: the stream has no end, and neither has the training.
 """
@@ -225,6 +225,7 @@ class Config(Table):
     logging: LoggingTable = LoggingTable()
 
     _path: Path = Path()
+    _folder: Path = Path()
 
     @field_validator("sources")
     @classmethod
@@ -238,6 +239,11 @@ class Config(Table):
     def path(self) -> Path:
         return self._path
 
+    @property
+    def folder(self) -> Path:
+        """What an adapter's paths are relative to: the folder of the file, or of the one that it is based on."""
+        return self._folder
+
     def digest(self) -> str:
         """SHA-256 (hex) over the whole configuration, storage options and credentials left out."""
         return hashlib.sha256(json.dumps(public(self.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
@@ -246,28 +252,62 @@ class Config(Table):
 def load(path: Path) -> Config:
     """Read and validate a file that nobody else can write. Raises ConfigError with one line for every mistake found.
 
-    Its credentials are kept secret from then on."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            reason = others_who_can_write(path, file.fileno())
-            if reason is not None:
-                raise ConfigError(f"{path}: not read: {reason}")
-            text = file.read()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `anytimed init {path}` writes a starter") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    keep_secret(kept_in(data))
+    `based_on = "FILE"` at the top of a file (relative to it) takes every key from there that is not given here, but
+    those listed in `without = ["table.key", …]`. Paths mean what they mean in that file. Credentials are kept secret
+    from then on."""
+    data, folder = _read(path, ())
     try:
         config = Config.model_validate(_placeholders(data))
     except ValidationError as error:
         raise ConfigError(explain(error, Config, data, str(path))) from None
     object.__setattr__(config, "_path", path)
+    object.__setattr__(config, "_folder", folder)
     return config
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> tuple[Json, Path]:
+    """A file's tables over those it is based on, and the folder of the lowest one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            reason = others_who_can_write(path, file.fileno())
+            if reason is not None:
+                raise ConfigError(f"{path}: not read: {reason}")
+            data = tomllib.loads(file.read())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `anytimed init {path}` writes a starter") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    keep_secret(kept_in(data))
+    if "based_on" not in data:
+        return data, path.parent
+    based_on, without = data.pop("based_on"), data.pop("without", [])
+    if not isinstance(based_on, str) or not isinstance(without, list) or path.resolve() in above:
+        raise ConfigError(
+            f"{path}: based_on: found {json.dumps(based_on)}, without {json.dumps(without)}; allowed: another file, "
+            'and a list of keys as "table.key"'
+        )
+    below, folder = _read(path.parent / based_on, (*above, path.resolve()))
+    for key in without:
+        *tables, last = str(key).split(".")
+        table: Any = below
+        for name in tables:
+            table = table.get(name) if isinstance(table, dict) else None
+        if isinstance(table, dict):
+            table.pop(last, None)
+    return _over(below, data), folder
+
+
+def _over(below: Json, above: Json) -> Json:
+    """`above`'s keys over `below`'s, table by table."""
+    both = below.keys() & above.keys()
+    tables = {
+        key: _over(below[key], above[key])
+        for key in both
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
+    return {**below, **above, **tables}
 
 
 def _placeholders(value: Any) -> Any:

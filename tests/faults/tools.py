@@ -32,3 +32,15 @@ def _without(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"{reason}; in CI nothing is skipped")
     pytest.skip(reason)
+
+
+def needs_faketime() -> str:
+    """The path of libfaketime's shared library, to be preloaded."""
+    import importlib.util
+    from pathlib import Path
+
+    found = importlib.util.find_spec("libfaketime")
+    library = found and Path(str(found.origin)).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
+    if not library or not library.is_file():
+        _without("libfaketime is missing: pip install libfaketime")
+    return str(library)

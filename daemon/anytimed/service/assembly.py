@@ -46,7 +46,7 @@ class Parts:
 
 def parts_of(config: Config) -> Parts:
     """Look up and validate every adapter. Raises ConfigError naming file, table and key."""
-    file, base = str(config.path), config.path.parent
+    file, base = str(config.path), config.folder
     plan(config)
     tokenizer = registry.build("anytimed.tokenizers", config.tokenizer, file, ("tokenizer",), base)
     model = registry.build("anytimed.models", config.model, file, ("model",))

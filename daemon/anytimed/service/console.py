@@ -144,7 +144,7 @@ class View:
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
         self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
-        self._last_line = 0.0
+        self._last_line = -QUIET_LINE_S
 
     def __enter__(self) -> View:
         if self._live:
@@ -168,14 +168,13 @@ class View:
 
     def show(self, status: Json, always: bool = False) -> None:
         """Refresh the table, or write a line unless one was written moments ago."""
-        now = time.time()
         if self._live:
             with contextlib.suppress(OSError):
-                panel = Panel(table(status, now), title=self._title, title_align="left", expand=False)
+                panel = Panel(table(status, time.time()), title=self._title, title_align="left", expand=False)
                 self._live.update(panel)
-        elif always or now - self._last_line >= QUIET_LINE_S:
-            self._last_line = now
-            logging.getLogger("anytimed").info("%s", line(status, now))
+        elif always or time.monotonic() - self._last_line >= QUIET_LINE_S:
+            self._last_line = time.monotonic()
+            logging.getLogger("anytimed").info("%s", line(status, time.time()))
 
 
 def line(status: Json, now: float) -> str:

@@ -273,10 +273,10 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
 
 
 def _journal_needs(commit: Commit) -> tuple[int, str]:
+    length, digest = 0, ""
     with _described_by(commit):
-        position = commit.state["position"]
-        needs = position["journal_length"], position["journal_digest"]
-    return needs
+        length, digest = (commit.state["position"][key] for key in ("journal_length", "journal_digest"))
+    return length, digest
 
 
 @contextlib.contextmanager
