@@ -448,6 +448,9 @@ def main() -> None:
         # The machine says no (permissions, a full disk, no such folder), and says where; a traceback would not help.
         err.print(f"anytimed: {told(str(error))}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+    except MemoryError:
+        err.print("anytimed: out of memory; nothing of what was committed is lost. Free some, or raise the limit")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - a mistake of ours: Python would print it as it is

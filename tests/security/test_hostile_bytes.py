@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from anytimed.contracts import AnytimedError, CorruptError, Refused
 from anytimed.storage import strangers, tensors
 from anytimed.storage.journal import Journal
+from anytimed.storage.lease import LeaseFile
 from anytimed.storage.manifest import CommitManifest, Manifest, NewerFormat, Pointer
+from anytimed.storage.mirror_manifest import MirrorManifest
 from anytimed.storage.run_directory import RunDirectory
 from tests.security.measured import measured
 from tests.storage.test_manifest import manifest
@@ -52,7 +54,7 @@ def fields() -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(sorted(MANIFEST.model_dump())), JSON, min_size=1, max_size=3)
 
 
-FORMS = [Manifest, Pointer, CommitManifest]
+FORMS = [Manifest, Pointer, CommitManifest, LeaseFile, MirrorManifest]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)

@@ -35,7 +35,8 @@ def local_site(tmp_path: Path, local_url: str) -> Site:
 def test_an_export_is_a_hugging_face_folder(local_site: Site) -> None:
     item = local_site.spool.build(content(3, title="Tiny"))
     assert item.id == "00001-000001-0000000003" and item.path == local_site.run.spool / item.id
-    assert {f.name for f in item.manifest.files} | {"manifest.json"} == {p.name for p in item.path.iterdir()}
+    own = {"manifest.json", "manifest.sha256"}  # the latter stays in the spool
+    assert {f.name for f in item.manifest.files} | own == {p.name for p in item.path.iterdir()}
     bits = tensors.read_header(item.path / "model.safetensors")
     assert bits.metadata == {"format": "pt"} and bits.tensors["model.norm.weight"].dtype == "BF16"
     assert json.loads((item.path / "config.json").read_text())["model_type"] == "llama"
