@@ -1,8 +1,7 @@
 """Objects at a URL, or in a local folder: whole or not there at all.
 
-A local path or file:// URL is written with the means of `durable` (create-only by a hard link, so that two writers
-cannot both win, compare-and-swap under a file lock). Any other goes through fsspec, where one put is one whole object,
-conditions are asked of the store and checked by reading back, and every operation has one budget of ours (`patience`).
+A local path or file:// URL is a `folder`. Any other goes through fsspec, where one put is one whole object, conditions
+are asked of the store and checked by reading back, and every operation has one budget of ours (`patience`).
 
 Errors name URL and key and never carry a password, a key or a token.
 """
@@ -12,12 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import fcntl
 import functools
 import hashlib
-import os
 import re
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +29,8 @@ from anytimed.contracts import AnytimedError, ConfigError, CorruptError
 from anytimed.urls import bounded, credentials, told
 
 from . import s3
-from .durable import CHUNK_BYTES, beside, fsync_folder, make_folders, write_durably, write_new
+from .durable import fsync_folder, write_durably
+from .folder import Folder
 from .patience import passes, patiently
 from .web import WholeObject, is_web, read_range, whole
 
@@ -107,11 +104,11 @@ class Store:
                 "(for s3:// pip install 'anytimed[s3]', for gs:// pip install 'anytimed[gcs]')"
             ) from None
         self._root = str(root).rstrip("/")
-        self._local = Path(self._root or "/") if isinstance(self._fs, LocalFileSystem) else None
+        self._folder = Folder(Path(self._root or "/")) if isinstance(self._fs, LocalFileSystem) else None
         self._s3 = s3.is_s3(self._fs)
         if self._s3:
             s3.try_once(self._fs)
-        self._traits = {"advisory": not (self._s3 or self._local is not None)}
+        self._traits = {"advisory": not (self._s3 or self._folder is not None)}
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -138,8 +135,8 @@ class Store:
         In a local store on the same file system this is a second name for the same bytes, nothing is copied.
         """
         with self._names(key):
-            if self._local is not None:
-                self._put_local(local, self._path(key))
+            if self._folder is not None:
+                self._folder.put(local, check_key(key), copy=False)
                 return
             size = local.stat().st_size
             self._call("put_file", str(local), self._at(key), transfer_bytes=size)
@@ -149,18 +146,11 @@ class Store:
 
     def put_copy(self, local: Path, key: str) -> None:
         """As `put_file`, but always bytes of their own: what rots in one place does not rot in the other."""
-        if self._local is None:
+        if self._folder is None:
             self.put_file(local, key)
             return
         with self._names(key):
-            path = self._path(key)
-            make_folders(path.parent)
-            with beside(path) as temporary:
-                shutil.copyfile(local, temporary)
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                temporary.rename(path)
-            fsync_folder(path.parent)
+            self._folder.put(local, check_key(key), copy=True)
 
     def create(self, key: str, data: bytes) -> bool:
         """Store an object only if there is none; False if there was one, whoever wrote it.
@@ -169,14 +159,15 @@ class Store:
         checked by reading back here too: one that ignores the condition may have let another writer win, and is asked
         first whether there is one.
         """
-        if self._local is not None:
-            return self._create_local(self._path(key), key, data)
+        if self._folder is not None:
+            return self.create_unlooked(key, data)
         return not self.exists(key) and self.create_unlooked(key, data)
 
     def create_unlooked(self, key: str, data: bytes) -> bool:
         """`create` by the store's condition alone, as the probe wants it."""
-        if self._local is not None:
-            return self._create_local(self._path(key), key, data)
+        if self._folder is not None:
+            with self._names(key):
+                return self._folder.create(check_key(key), data)
         refusal: StoreError | None = None
         try:
             with self._names(key):
@@ -197,24 +188,21 @@ class Store:
     def replace(self, key: str, data: bytes) -> None:
         """Create or replace an object as a whole."""
         with self._names(key):
-            if self._local is None:
+            if self._folder is None:
                 self._call("pipe_file", self._at(key), data, transfer_bytes=len(data))
             else:
-                path = self._path(key)
-                make_folders(path.parent)
-                write_durably(path, data)
+                self._folder.replace(check_key(key), data)
 
     def read(self, key: str, max_bytes: int) -> bytes:
         """An object's content. Raises MissingKey, CorruptError where it is longer than `max_bytes`, StoreError."""
         if self._s3:
             return self.read_versioned(key, max_bytes)[0]
         with self._names(key):
-            if self._local is None:
+            if self._folder is None:
                 size = self._call("info", self._at(key)).get("size") or 0
                 data = b"" if size > max_bytes else self._call("cat_file", self._at(key), transfer_bytes=size)
             else:
-                with self._path(key).open("rb") as file:
-                    size, data = os.fstat(file.fileno()).st_size, file.read(max_bytes + 1)
+                size, data = self._folder.read(check_key(key), max_bytes)
         if max(size, len(data)) > max_bytes:
             raise CorruptError(f"{self.url}/{key}: {max(size, len(data))} bytes, expected {max_bytes} at most")
         return bytes(data)
@@ -233,13 +221,14 @@ class Store:
     def swap(self, key: str, data: bytes, version: str | None) -> bool:
         """Replace an object if it still is `version`, create it if that is None; whether it now holds `data`.
 
-        Atomic on S3 and in a local folder. Where `advisory` it is a look, a write and a look again: advisory. A
+        Atomic on S3 and in a local folder. Where `advisory` it is a look, a write and a look again. A
         success whose answer was lost is a success. Raises StoreError where what stands there cannot be found out.
         """
         if version is None:
             return self.create(key, data) or self._holds(key, data)
-        if self._local is not None:
-            return self._swap_local(key, data, version)
+        if self._folder is not None:
+            with self._names(key):
+                return self._folder.swap(check_key(key), data, version)
         refusal: StoreError | None = None
         try:
             if not self.advisory:
@@ -270,11 +259,9 @@ class Store:
                     if size <= 0:
                         return
             return
-        if self._local is not None:
-            with self._names(key), self._path(key).open("rb") as file:
-                while size > 0 and (chunk := file.read(min(CHUNK_BYTES, size))):
-                    size -= len(chunk)
-                    yield chunk
+        if self._folder is not None:
+            with self._names(key):
+                yield from self._folder.chunks(check_key(key), size)
             return
         at = 0
         while at < size:
@@ -296,8 +283,9 @@ class Store:
         object, PassingError where trying again may help, StoreError. Only a store that fsspec drives asynchronously is
         asked at once; any other, when `result` is called. One attempt each.
         """
-        if self._local is not None:
-            return Answer(lambda: self._range(key, start, end, lambda: self._read_local(key, start, end)))
+        if self._folder is not None:
+            get = functools.partial(self._folder.read_range, check_key(key), start, end)
+            return Answer(lambda: self._range(key, start, end, get))
         if not isinstance(self._fs, AsyncFileSystem):
             ask = functools.partial(self._fs.cat_file, self._at(key), start=start, end=end)
             return Answer(lambda: self._range(key, start, end, ask))
@@ -314,17 +302,17 @@ class Store:
         top = f"{self._root}/{check_key(prefix)}" if prefix else self._root
         try:
             with self._names(prefix):
-                found = self._walk(Path(top)) if self._local is not None else self._call("find", top or "/")
+                found = self._folder.walk(prefix) if self._folder is not None else self._call("find", top or "/")
+                keys = [path[len(self._root) :].lstrip("/") for path in found]
         except MissingKey:
             return []
-        keys = (path[len(self._root) :].lstrip("/") for path in found)
         return sorted(key for key in keys if all(_SEGMENT.fullmatch(part) for part in key.split("/")))
 
     def size(self, key: str) -> int:
         """Bytes of an object. Raises MissingKey, StoreError."""
         with self._names(key):
-            if self._local is not None:
-                return self._path(key).stat().st_size
+            if self._folder is not None:
+                return self._folder.size(check_key(key))
             return int(self._call("info", self._at(key))["size"])
 
     def exists(self, key: str) -> bool:
@@ -338,24 +326,16 @@ class Store:
     def delete(self, key: str) -> None:
         """Remove an object, and in a local store the folders that this leaves empty; nothing there is no error."""
         with contextlib.suppress(MissingKey), self._names(key):
-            if self._local is None:
+            if self._folder is None:
                 self._call("rm_file", self._at(key))
-                return
-            path = self._path(key)
-            path.unlink()
-            fsync_folder(path.parent)
-            with contextlib.suppress(OSError):  # not empty
-                for parent in path.relative_to(self._local).parents[:-1]:
-                    (self._local / parent).rmdir()
+            else:
+                self._folder.delete(check_key(key))
 
     def sweep(self, older_than_s: float, now_s: float) -> None:
         """Remove temporary files that killed writers left in a local store; remote stores have none."""
-        if self._local is None:
-            return
-        with self._names(""):
-            for path in self._local.rglob(".tmp-*"):
-                if path.is_file() and now_s - path.stat().st_ctime > older_than_s:
-                    path.unlink()
+        if self._folder is not None:
+            with self._names(""):
+                self._folder.sweep(older_than_s, now_s)
 
     def sweep_uploads(self, prefix: str, older_than_s: float) -> int:
         """Abort multipart uploads under a prefix that were begun so long ago and not completed; how many. S3 only."""
@@ -401,11 +381,6 @@ class Store:
             raise NoRanges(f"{self.url}/{key}: {len(data)} bytes for the {end - start} asked for")
         return data
 
-    def _read_local(self, key: str, start: int, end: int) -> bytes:
-        with self._path(key).open("rb", buffering=0) as file:
-            file.seek(start)
-            return file.read(end - start)
-
     def _holds(self, key: str, data: bytes) -> bool:
         try:
             return self.read(key, len(data)) == data
@@ -418,54 +393,8 @@ class Store:
         except MissingKey:
             return None
 
-    def _swap_local(self, key: str, data: bytes, version: str) -> bool:
-        assert self._local is not None
-        with self._names(key):
-            file = os.open(self._local / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if self._version(key, _SMALL_BYTES) != version:
-                    return False
-                write_durably(self._path(key), data)
-            finally:
-                os.close(file)
-        return True
-
-    def _path(self, key: str) -> Path:
-        assert self._local is not None
-        return self._local / check_key(key)
-
     def _at(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"
-
-    def _create_local(self, path: Path, key: str, data: bytes) -> bool:
-        with self._names(key):
-            make_folders(path.parent)
-            with beside(path) as temporary:
-                write_new(temporary, data)
-                try:
-                    os.link(temporary, path)
-                except FileExistsError:
-                    return False
-            fsync_folder(path.parent)
-        return True
-
-    def _put_local(self, local: Path, path: Path) -> None:
-        make_folders(path.parent)
-        with beside(path) as temporary:
-            try:
-                os.link(local, temporary)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(local, temporary)
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-            temporary.rename(path)
-        fsync_folder(path.parent)
-
-    @staticmethod
-    def _walk(top: Path) -> Iterator[str]:
-        for folder, _, files in os.walk(top):
-            yield from (f"{folder}/{name}" for name in files)
 
     def _call(self, name: str, *arguments: Any, transfer_bytes: int = 0, **options: Any) -> Any:
         """The file system's method, tried again within the budget where fsspec drives it asynchronously."""
