@@ -109,5 +109,6 @@ def flip(path: Path, at: int) -> None:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    """Every file below a folder, but the seal that only the spool has."""
+    files = (p for p in sorted(path.rglob("*")) if p.is_file() and p.name != "manifest.sha256")
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
