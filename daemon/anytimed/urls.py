@@ -37,6 +37,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _kept: set[str] = set()
 
 
+class BadAnswer(OSError):
+    """What a web server sent is not taken, and asking again would bring the same."""
+
+
 # --- finding them -----------------------------------------------------------------------------------------------------
 
 
@@ -152,13 +156,13 @@ def bounded(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
                 encoding = self.headers.get("Content-Encoding", "identity")
                 if encoding not in ("", "identity"):
                     self.close()
-                    raise OSError(f"the server answers in Content-Encoding {encoding!r}; asked was identity")
+                    raise BadAnswer(f"the server answers in Content-Encoding {encoding!r}; asked was identity")
                 body = bytearray()
                 async for chunk in self.content.iter_any():
                     body += chunk
                     if len(body) > ANSWER_BYTES:
                         self.close()
-                        raise OSError(f"an answer of more than {ANSWER_BYTES} bytes; it was broken off")
+                        raise BadAnswer(f"an answer of more than {ANSWER_BYTES} bytes; it was broken off")
                 self._body = bytes(body)
             return await super().read()
 

@@ -82,13 +82,15 @@ class Clock:
 class Site:
     """A run that publishes somewhere: the writer's side in one object."""
 
-    def __init__(self, folder: Path, url: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, url: str, options: Mapping[str, Any] | None = None, *, deadline_s: float = 60.0
+    ) -> None:
         self.clock = Clock()
         self.url = url
         self.options = dict(options or {})
         self.run = acquired(folder / "run", clock=self.clock)
         self.spool = Spool(self.run, clock=self.clock)
-        self.store = Store(url, self.options)
+        self.store = Store(url, self.options, deadline_s=deadline_s)
         self.publisher = Publisher(self.store, clock=self.clock, monotonic=self.clock)
 
     def publish(self, step: int, **changes: Any) -> SpoolItem:

@@ -228,7 +228,7 @@ def test_a_manifest_that_is_nobody_s_is_written_again(site: Site) -> None:
 
 
 def test_an_answer_lost_at_every_put_is_healed_by_doing_it_again(tmp_path: Path) -> None:
-    site = Site(tmp_path, f"objects://{tmp_path.name}/p", {"lose_answers": True})
+    site = Site(tmp_path, f"objects://{tmp_path.name}/p", {"lose_answers": True}, deadline_s=0.5)
     item = site.spool.build(content(1))
     for _ in range(2 * len(item.manifest.files)):
         try:

@@ -173,7 +173,7 @@ def test_a_local_folder_enforces_everything_and_nothing_stays(tmp_path: Path) ->
 
 @pytest.mark.parametrize("options", [{}, {"ignore_conditions": True}])
 def test_what_is_not_enforced_is_told(tmp_path: Path, options: dict[str, Any]) -> None:
-    store = Store(f"objects://{tmp_path.name}/p", options)
+    store = Store(f"objects://{tmp_path.name}/p", options, deadline_s=0.5)
     try:
         found = probe(store, "run" * 5)
         assert found.create_only is not bool(options) and not found.compare_and_swap and store.advisory

@@ -25,7 +25,10 @@ def test_ctrl_c_says_that_the_next_pull_goes_on_and_it_says_where(tmp_path: Path
 
         web.before = hold
         command = [sys.executable, "-m", "anytimed.cli", "pull", web.url, "--to", str(tmp_path / "model")]
+        # A test run that a shell put into the background ignores SIGINT, and so would what it starts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         stopped = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGINT, before)
         assert reached.wait(60)
         stopped.send_signal(signal.SIGINT)
         out, told = stopped.communicate()

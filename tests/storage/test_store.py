@@ -92,7 +92,7 @@ def test_a_store_that_ignores_conditions_is_read_back(monkeypatch: pytest.Monkey
 
 
 def test_a_lost_answer_is_a_success_when_the_bytes_stand_there(tmp_path: Path) -> None:
-    store = Store(f"objects://{tmp_path.name}", {"lose_answers": True})
+    store = Store(f"objects://{tmp_path.name}", {"lose_answers": True}, deadline_s=0.5)
     assert store.create("m", b"ours")
     with pytest.raises(StoreError, match="connection reset"):
         store.replace("n", b"ours")
@@ -139,6 +139,7 @@ def test_credentials_never_appear(tmp_path: Path) -> None:
             "client": {"token": "tok-123456"},
             "endpoint_url": "http://minio:9000",
         },
+        deadline_s=0.5,
     )
     with pytest.raises(StoreError) as caught:
         store.replace("m", b"x")

@@ -24,6 +24,8 @@ from anytimed.training.footprint import Footprint, estimate
 from anytimed.urls import told
 
 READ_AT_MOST = 100
+CHECK_S = 10.0
+"""Budget of one request to a store: a person waits for the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def check(config: Config) -> Iterator[Finding]:
     yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
     yield _tried("exports", lambda: _write(config))
     if (mirror := config.commits.mirror_url) is not None:
-        yield _tried("mirror", lambda: _probe(Store(mirror, config.commits.mirror_storage_options)))
+        yield _tried("mirror", lambda: _probe(Store(mirror, config.commits.mirror_storage_options, deadline_s=CHECK_S)))
     try:
         found = footprint(parts, _device(config))
     except ConfigError as error:
@@ -128,7 +130,7 @@ def _directory(path: Path) -> str:
 
 
 def _write(config: Config) -> str:
-    store = Store(config.exports.url, config.exports.storage_options, deadline_s=config.exports.deadline_s)
+    store = Store(config.exports.url, config.exports.storage_options, deadline_s=CHECK_S)
     ability = probe(store, uuid.uuid4().hex)
     if config.exports.require_conditions and not ability.fences:
         raise AnytimedError(

@@ -74,7 +74,7 @@ class Keeper:
         self._first.set()
         if self._thread.ident is None:
             return
-        self._thread.join(timeout=self._round_s + 1)
+        self._thread.join(timeout=5)
 
     # --- the thread
 

@@ -67,7 +67,9 @@ def write_durably(path: Path, data: bytes) -> tuple[int, str]:
 def append_line(path: Path, line: bytes) -> None:
     """Append a line as a whole, or nothing of it; not fsynced. Raises OSError. For figures and notes: half a line on a
     full disk would spoil the next one as well."""
-    with path.open("ab", buffering=0) as file:
+    # For the owner's eyes, and never through a link that somebody planted.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "ab", buffering=0) as file:
         at = file.seek(0, os.SEEK_END)
         if file.write(line) != len(line):
             file.truncate(at)

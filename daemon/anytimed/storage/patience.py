@@ -13,6 +13,8 @@ from typing import Any
 
 from tenacity import AsyncRetrying, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
+from anytimed.urls import BadAnswer
+
 _ANSWERS = frozenset(
     {errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.ENOTEMPTY}
 )
@@ -21,7 +23,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 
 def passes(error: BaseException) -> bool:
     """Whether trying again may help."""
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError):
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | BadAnswer):
         return False
     if isinstance(error, OSError):
         return error.errno not in _ANSWERS

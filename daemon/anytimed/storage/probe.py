@@ -50,10 +50,9 @@ class Ability:
 def probe(store: Store, run_id: str) -> Ability:
     """Ask the store, and note the answer in `store.advisory`; one object is written and removed. Raises StoreError
     where the store does not answer or may not be written."""
-    with contextlib.suppress(StoreError):  # what a killed probe of this run left; not worth a failure
-        for key in store.list(PROBES):
-            if key.startswith(f"{PROBES}/{run_id[:12]}-"):
-                store.delete(key)
+    for key in store.list(PROBES):  # what a killed probe of this run left
+        if key.startswith(f"{PROBES}/{run_id[:12]}-"):
+            store.delete(key)
     key = f"{PROBES}/{run_id[:12]}-{secrets.token_hex(6)}"
     try:
         if not store.create_unlooked(key, b"first"):

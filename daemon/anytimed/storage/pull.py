@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _LOOKS = 12
 """How often one pull asks which checkpoint is the newest before it gives up."""
+_DEADLINE_S = 20.0
+"""Budget of one request, retries included: whoever pulls is waiting. Ranges of files have a budget of their own."""
 _TRIES = 2
 """How often a checkpoint is tried whose bytes are wrong or missing: one bad transfer is likely, the same twice is
 not."""
@@ -45,7 +47,7 @@ class Pulled:
 
 def latest(url: str, storage_options: Mapping[str, Any] | None = None) -> Manifest:
     """The newest published checkpoint. Raises MissingKey where nothing is published, CorruptError, StoreError."""
-    store = Store(url, storage_options)
+    store = Store(url, storage_options, deadline_s=_DEADLINE_S)
     gone: set[str] = set()
     while True:
         ident, sha256 = _newest(store, gone)
@@ -57,7 +59,7 @@ def latest(url: str, storage_options: Mapping[str, Any] | None = None) -> Manife
 
 def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None) -> list[Manifest]:
     """All published checkpoints, newest first; those whose manifest cannot be read are logged and left out."""
-    store = Store(url, storage_options)
+    store = Store(url, storage_options, deadline_s=_DEADLINE_S)
     found = []
     for ident in _ids(store):
         try:
@@ -85,7 +87,7 @@ def pull(
     another run, NewerFormat, ConfigError on a bad id, AnytimedError on a local failure such as a full disk,
     StoreError.
     """
-    store, target, budget = Store(url, storage_options), Target(Path(to)), Budget()
+    store, target, budget = Store(url, storage_options, deadline_s=_DEADLINE_S), Target(Path(to)), Budget()
     bad: dict[str, str] = {}
     gone: set[str] = set()
     tried: dict[str, int] = {}
