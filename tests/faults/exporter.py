@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def carry_out(folder: Path, url: str, order: Json) -> None:
             build = Spool.build
 
             def harmed(spool: Spool, content: ExportContent) -> SpoolItem:
-                with faults.at_call(fault["call"], faults.error(fault["errno"])):
+                with faults.at_call(fault["call"], faults.error(fault["errno"]), thread=threading.get_ident()):
                     return build(spool, content)
 
             Spool.build = harmed  # type: ignore[method-assign]

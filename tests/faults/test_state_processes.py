@@ -25,6 +25,8 @@ from tests.faults.state_injection import some
 from tests.service.test_daemon import running, status, until
 from tests.storage.material import acquired, snapshot, tree
 
+ROOT = Path(__file__).parents[2]
+
 PARENT = """
 import json, multiprocessing, os, subprocess, sys, time
 from pathlib import Path
@@ -63,7 +65,13 @@ def script(tmp_path: Path) -> Path:
 
 def left_behind(script: Path, folder: Path, how: str) -> int:
     """A worker whose parent, the owner of the run, was killed."""
-    parent = subprocess.Popen([sys.executable, script, folder, how], stdout=subprocess.PIPE, text=True)
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    parent = subprocess.Popen(
+        [sys.executable, script, folder, how],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     assert parent.stdout is not None
     term, worker = json.loads(parent.stdout.readline())
     with pytest.raises(Refused, match=f"pid {parent.pid} on "):

@@ -254,7 +254,7 @@ def test_an_error_while_building_leaves_nothing_and_the_next_goes_out(tmp_path: 
                 assert exporter.run(step=step) == 0, exporter.told
                 assert json.loads((published / "latest.json").read_bytes())["step"] == step
             good = step
-        # The calls after the last of a build harm nothing; those of the lease's thread count along.
+        # The calls after the last of a build harm nothing.
         assert harmed >= (10 if FULL else 3)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,15 @@ class Counter:
 
 
 @contextlib.contextmanager
-def at_call(n: int, fault: Callable[[str, tuple[Any, ...]], None]) -> Iterator[Counter]:
-    """Run `fault(name, arguments)` instead of the n-th call (from 1); all others are made. n = 0: only count."""
+def at_call(n: int, fault: Callable[[str, tuple[Any, ...]], None], *, thread: int | None = None) -> Iterator[Counter]:
+    """Run `fault(name, arguments)` instead of the n-th call (from 1); all others are made. n = 0: only count.
+    `thread`: only the calls of this one count."""
     counter = Counter()
 
     def wrapped(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            counter.calls += 1
-            if counter.calls == n:
+            counter.calls += thread in (None, threading.get_ident())
+            if counter.calls == n and thread in (None, threading.get_ident()):
                 fault(name, arguments)
             return real(*arguments, **options)
 
