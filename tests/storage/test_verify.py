@@ -55,7 +55,7 @@ def stored(run: Path) -> list[Path]:
 
 def test_a_flipped_byte_in_any_file_of_a_run_is_found_by_name(site: Site) -> None:
     files = stored(site.run.path)
-    assert len(files) == 1 + 2 * 3 + 6
+    assert len(files) == 1 + 2 * 3 + 7
     for path in files:
         for at in (0, path.stat().st_size // 2):
             flip(path, at)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 _KEPT_ASIDE = 2
-_SEAL = "manifest.sha256"
+SEAL = "manifest.sha256"
 """The digest of the manifest's bytes, in the spool only: what waits there must not rot into something else."""
 
 
@@ -203,13 +203,13 @@ class Spool:
         except ValueError as error:
             raise ExportRefused(f"step {content.step}: the export cannot be described: {error}") from error
         write_new(folder / MANIFEST_NAME, data)
-        write_new(folder / _SEAL, hashlib.sha256(data).hexdigest().encode())
+        write_new(folder / SEAL, hashlib.sha256(data).hexdigest().encode())
         fsync_folder(folder)
         return SpoolItem(final, manifest, data)
 
     def _read(self, path: Path) -> SpoolItem:
         data = (path / MANIFEST_NAME).read_bytes()
-        if (path / _SEAL).read_bytes() != hashlib.sha256(data).hexdigest().encode():
+        if (path / SEAL).read_bytes() != hashlib.sha256(data).hexdigest().encode():
             raise CorruptError(f"{path / MANIFEST_NAME}: not the bytes that were written")
         manifest = Manifest.from_bytes(data, str(path / MANIFEST_NAME))
         if manifest.id != path.name:

@@ -35,6 +35,7 @@ from .manifest import (
 from .mirror_manifest import COMMIT_MANIFEST, COMMITS, MIRROR_MANIFEST, TERMS, MirrorManifest
 from .mirror_reader import commit_folders, known_terms, read_claim, read_manifest
 from .run_directory import RunDirectory
+from .spool import SEAL
 from .store import MissingKey, Store
 
 log = logging.getLogger(__name__)
@@ -138,8 +139,13 @@ def _spooled(path: Path, progress: _Progress) -> Checked:
         manifest = Manifest.from_bytes(data, str(path / MANIFEST_NAME))
         if manifest.id != path.name:
             raise CorruptError(f"{path}: the manifest says {manifest.id}")
+        seal = (path / SEAL).read_bytes().decode("ascii", "replace")[:64]
     except (OSError, CorruptError, Refused) as error:
         return Checked("spooled export", str(path), 0, (_told(path / MANIFEST_NAME, error),))
+    found = hashlib.sha256(data).hexdigest()
+    if found != seal:
+        expected = f"SHA-256 {seal}, as {path / SEAL} says"
+        return Checked("spooled export", str(path), 0, (Problem(str(path / MANIFEST_NAME), expected, found),))
     problems = [problem for entry in manifest.files for problem in _file(path / entry.name, entry, progress)]
     return Checked("spooled export", str(path), manifest.total_bytes, tuple(problems))
 
