@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -52,19 +53,33 @@ def _told(terminal: Any) -> Iterator[tuple[str, Any]]:
                 yield outcome, report
 
 
+@dataclass
+class Tally:
+    """Of every fault by number: injections, distinct points, and the outcomes of the tests that inject it."""
+
+    counts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    points: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    outcomes: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    @staticmethod
+    def of(terminal: Any) -> Tally:
+        """What the tests of this run have noted."""
+        tally = Tally()
+        for outcome, report in _told(terminal):
+            for key, value in report.user_properties:
+                if key == "fault":
+                    tally.counts[value[0]] += 1
+                    tally.points[value[0]].add(f"{report.nodeid} {value[1]}")
+                elif key == "fault numbers":
+                    for number in value:
+                        tally.outcomes[number].add(outcome)
+        return tally
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The list: number, fault, injections, distinct points, outcome."""
-    counts: dict[int, int] = defaultdict(int)
-    points: dict[int, set[str]] = defaultdict(set)
-    outcomes: dict[int, set[str]] = defaultdict(set)
-    for outcome, report in _told(terminalreporter):
-        for key, value in report.user_properties:
-            if key == "fault":
-                counts[value[0]] += 1
-                points[value[0]].add(f"{report.nodeid} {value[1]}")
-            elif key == "fault numbers":
-                for number in value:
-                    outcomes[number].add(outcome)
+    tally = Tally.of(terminalreporter)
+    counts, points, outcomes = tally.counts, tally.points, tally.outcomes
     if not outcomes:
         return
     terminalreporter.section("faults injected")
@@ -105,12 +120,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if not FULL or terminal is None or hasattr(session.config, "workerinput"):
         return
-    counts: dict[int, int] = defaultdict(int)
-    points: dict[int, set[str]] = defaultdict(set)
-    for _, report in _told(terminal):
-        for key, value in report.user_properties:
-            if key == "fault":
-                counts[value[0]] += 1
-                points[value[0]].add(f"{report.nodeid} {value[1]}")
-    if missing(counts, points) and session.exitstatus == 0:
+    tally = Tally.of(terminal)
+    if missing(tally.counts, tally.points) and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

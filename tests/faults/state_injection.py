@@ -24,7 +24,7 @@ from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.tensors import read_header
 from tests.faultlog import FULL
 from tests.faults.tools import needs
-from tests.storage.material import weights
+from tests.storage.material import acquired, snapshot, weights
 
 T = TypeVar("T")
 
@@ -226,3 +226,12 @@ def found_by_a_start(folder: Path, at_least: int, at_most: int) -> int:
         names = sorted(p.name for p in run.commits.iterdir())
         assert names == sorted(c.path.name for c in kept), names
         return newest.manifest.step
+
+
+def begun(folder: Path, commits: int = 2) -> int:
+    """A run with that many commits, on a disk of any size; the step of the last."""
+    with acquired(folder) as run:
+        made = Commits(run, free_bytes=lambda path: 1 << 50)
+        for step in range(1, commits + 1):
+            made.write(snapshot(step))
+    return commits

@@ -21,30 +21,13 @@ import pytest
 from anytimed.contracts import Rejected
 from anytimed.service.metrics import Metrics
 from anytimed.service.quarantine import Quarantine
-from anytimed.storage.commits import Commits
 from anytimed.storage.journal import Journal
 from tests.faultlog import FULL, Injected
 from tests.faults.state_disks import PowerCut, mounted, remount, tmpfs
-from tests.faults.state_injection import CHANGING, Outcome, Victim, found_by_a_start, named, some
-from tests.storage.material import acquired, snapshot
+from tests.faults.state_injection import CHANGING, Outcome, Victim, begun, found_by_a_start, named, some
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 _WRITTEN = re.compile(r"^write\(.*, (\d+)\) = (\d+)$")
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Iterator[Victim]:
-    process = Victim(tmp_path / "scratch")
-    yield process
-    process.close()
-
-
-def begun(folder: Path, commits: int = 2) -> int:
-    with acquired(folder) as run:
-        made = Commits(run, free_bytes=lambda path: 1 << 50)
-        for step in range(1, commits + 1):
-            made.write(snapshot(step))
-    return commits
 
 
 def cut_short(line: str) -> bool:

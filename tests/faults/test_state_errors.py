@@ -7,7 +7,6 @@ make durable it does not promise, and what it cannot read for now it does not ju
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,6 @@ from tests.storage.material import acquired, snapshot, tree
 
 ENTERING = "openat,mkdir,write,fsync,rename"
 """Where a disk says that it is full, broken or read-only: making names, giving bytes, making them durable."""
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Iterator[Victim]:
-    process = Victim(tmp_path / "scratch")
-    yield process
-    process.close()
 
 
 @pytest.fixture

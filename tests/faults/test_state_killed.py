@@ -3,7 +3,6 @@ of a start that sweeps, of retention. The next start finds what was there or wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.faults.state_injection import (
     FILES,
     Victim,
     assert_whole,
+    begun,
     calls_of,
     found_by_a_start,
     next_start,
@@ -25,22 +25,6 @@ from tests.faults.state_injection import (
 from tests.storage.material import acquired, snapshot
 
 TRACED = FILES if FULL else CHANGING
-
-
-@pytest.fixture
-def victim(tmp_path: Path) -> Iterator[Victim]:
-    process = Victim(tmp_path / "scratch")
-    yield process
-    process.close()
-
-
-def begun(folder: Path, commits: int = 2) -> int:
-    """A run with that many commits; the step of the last."""
-    with acquired(folder) as run:
-        made = Commits(run)
-        for step in range(1, commits + 1):
-            made.write(snapshot(step))
-    return commits
 
 
 @pytest.mark.fault(1)

@@ -38,13 +38,6 @@ Look = Callable[[Path, list[str]], None]
 """Asserts what must hold on a disk after the cut, given what had been promised."""
 
 
-@pytest.fixture
-def victim(tmp_path: Path) -> Iterator[Victim]:
-    process = Victim(tmp_path / "scratch")
-    yield process
-    process.close()
-
-
 def commit_found(disk: Path, told: list[str]) -> None:
     acknowledged = last(told, "committed") or 2
     folder = disk / "run"
