@@ -108,10 +108,11 @@ class Lease:
     def _renew(self) -> bool:
         began = self._monotonic()
         data = self._file()
-        if self._version is not None and self._store.swap(LEASE, data, self._version):
-            self._keep(data, began)
+        if self._version is not None:
+            self._version = self._store.swap(LEASE, data, self._version)
+        if self._version is not None:
+            self._keep(began)
             return True
-        self._version = None
         with self._lock:
             self._held_until = float("-inf")
         return False
@@ -129,17 +130,17 @@ class Lease:
         if version is not None and not self._free(found):
             return False
         data = self._file()
-        if not self._store.swap(LEASE, data, version):
-            # Somebody was quicker. Who, and whether alive, the next look shows.
-            self._watched = None
+        taken = self._store.swap(LEASE, data, version)
+        self._watched = None
+        if taken is None:  # somebody was quicker; who, and whether alive, the next look shows
             return False
         if self._store.advisory:
             # Two who looked at the same moment both wrote: after a pause the last one stands, and both can see it.
             self._pause(min(2.0, self.ttl_s / 10))
             if self._store.read(LEASE, LEASE_BYTES) != data:
                 return False
-        self._watched = None
-        self._keep(data, began)
+        self._version = taken
+        self._keep(began)
         return True
 
     def _free(self, found: bytes) -> bool:
@@ -193,11 +194,7 @@ class Lease:
         )
         return told.to_bytes()
 
-    def _keep(self, data: bytes, began: float) -> None:
-        stands, version = self._store.read_versioned(LEASE, LEASE_BYTES)
-        self._version = version if stands == data else None
-        if self._version is None:
-            return
+    def _keep(self, began: float) -> None:
         with self._lock:
             self._held_until = began + self.ttl_s
 

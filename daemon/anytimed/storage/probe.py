@@ -67,6 +67,6 @@ def probe(store: Store, run_id: str) -> Ability:
     finally:
         with contextlib.suppress(StoreError):
             store.delete(key)
-    compare_and_swap = swapped and not stale and not store.advisory
+    compare_and_swap = swapped is not None and not stale and not store.advisory
     store.advisory = not compare_and_swap
     return Ability(create_only, compare_and_swap, lists_at_once)

@@ -218,17 +218,20 @@ class Store:
             raise CorruptError(f"{self.url}/{key}: more than {max_bytes} bytes, expected {max_bytes} at most")
         return bytes(data), version
 
-    def swap(self, key: str, data: bytes, version: str | None) -> bool:
-        """Replace an object if it still is `version`, create it if that is None; whether it now holds `data`.
+    def swap(self, key: str, data: bytes, version: str | None) -> str | None:
+        """Replace an object if it still is `version`, create it if that is None; its new version if it now holds
+        `data`, else None.
 
         Atomic on S3 and in a local folder. Where `advisory` it is a look, a write and a look again. A
         success whose answer was lost is a success. Raises StoreError where what stands there cannot be found out.
         """
         if version is None:
-            return self.create(key, data) or self._holds(key, data)
+            self.create(key, data)
+            return self._holds(key, data)
         if self._folder is not None:
             with self._names(key):
-                return self._folder.swap(check_key(key), data, version)
+                swapped = self._folder.swap(check_key(key), data, version)
+            return hashlib.sha256(data).hexdigest() if swapped else None
         refusal: StoreError | None = None
         try:
             if not self.advisory:
@@ -237,14 +240,14 @@ class Store:
             elif self._version(key, _SMALL_BYTES) == version:
                 self.replace(key, data)
         except MissingKey:
-            return False
+            return None
         except StoreError as error:
             refusal = error
-        if self._holds(key, data):
-            return True
+        if (now := self._holds(key, data)) is not None:
+            return now
         if refusal is not None and self._version(key, _SMALL_BYTES) == version:
             raise refusal  # nobody else was there: it was no refused condition
-        return False
+        return None
 
     def download(self, key: str, size: int) -> Iterator[bytes]:
         """The first `size` bytes of an object in chunks, one after the other; fewer where the object is shorter.
@@ -381,11 +384,13 @@ class Store:
             raise NoRanges(f"{self.url}/{key}: {len(data)} bytes for the {end - start} asked for")
         return data
 
-    def _holds(self, key: str, data: bytes) -> bool:
+    def _holds(self, key: str, data: bytes) -> str | None:
+        """The version of an object that holds just this; None where it does not."""
         try:
-            return self.read(key, len(data)) == data
+            found, version = self.read_versioned(key, len(data))
         except (MissingKey, CorruptError):
-            return False
+            return None
+        return version if found == data else None
 
     def _version(self, key: str, max_bytes: int) -> str | None:
         try:
