@@ -286,7 +286,7 @@ def test_nan_in_x_is_refused_kept_aside_and_the_previous_stays_latest(tmp_path: 
 @LONG
 def test_unfinished_uploads_are_swept(tmp_path: Path, server: Server, between: Proxy, injected: Injected) -> None:
     store = Store(URL, server.options())
-    fs = store._fs
+    fs = store._place.fs
     with Exporter(tmp_path / "run", URL) as exporter:
         assert exporter.run(step=1, port=server.port) == 0, exporter.told
         elsewhere = fs.call_s3("create_multipart_upload", Bucket=BUCKET, Key="prefix-of-another/checkpoints/a")

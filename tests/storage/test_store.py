@@ -13,8 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anytimed.contracts import ConfigError, CorruptError
-from anytimed.storage import folder
-from anytimed.storage import store as store_module
+from anytimed.storage import folder, remote
 from anytimed.storage.durable import write_durably
 from anytimed.storage.store import MissingKey, Store, StoreError, check_key
 from tests.storage import faults
@@ -108,7 +107,7 @@ def test_longer_than_allowed_is_corrupt(url: str) -> None:
 
 
 def test_download_in_pieces_and_of_a_short_object(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_DOWNLOAD_BYTES", 10)
+    monkeypatch.setattr(remote, "_DOWNLOAD_BYTES", 10)
     monkeypatch.setattr(folder, "CHUNK_BYTES", 10)
     store = Store(url)
     data = bytes(range(25))

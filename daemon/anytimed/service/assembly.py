@@ -1,7 +1,8 @@
 """From a configuration to parts: second phase of reading it, adapters looked up, model and optimizer built.
 
 In order: `Parts` holds the adapters, found and validated; `shape` says what a commit binds a run to, and `differences`
-names what does not fit; `pipeline_of` and `learner_of` build the two halves of the training from the parts."""
+names what does not fit; `inexact_resume` says what a resume cannot keep; `pipeline_of` and `learner_of` build the two
+halves of the training from the parts."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,23 @@ def shape(parts: Parts) -> Json:
     }
     plain: Json = json.loads(json.dumps(public(made)))
     return plain
+
+
+def inexact_resume(config: Config) -> Iterator[str]:
+    """Why a resume of this configuration need not be bit for bit; nothing where it is."""
+    run = config.run
+    if run.deterministic:
+        return
+    if run.compile and run.threads != 1:
+        yield (
+            "[run] compile = true with deterministic = false and several threads: compiled sums are added up in the "
+            "order in which threads finish; set deterministic = true, or threads = 1"
+        )
+    if run.device.startswith("cuda") or (run.device == "auto" and torch.cuda.is_available()):
+        yield (
+            "[run] deterministic = false on CUDA: some kernels add up in the order in which blocks finish; "
+            "set deterministic = true"
+        )
 
 
 def differences(commit: Json, config: Json, path: str = "") -> list[str]:

@@ -19,11 +19,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from anytimed.config import Config
 from anytimed.contracts import ConfigError, Json
-from anytimed.service.assembly import parts_of
+from anytimed.service.assembly import inexact_resume, parts_of
 from anytimed.service.sameness import Sameness, compare
 from anytimed.service.victim import WAITING, Life, await_moment, committed_step, moments
 
@@ -96,19 +94,9 @@ def planned(config: Config, *, steps: int, kills: int, seed: int) -> Plan:
 
 
 def inexact(config: Config) -> Iterator[str]:
-    """Why a resume of this configuration need not be bit for bit."""
-    run, start = config.run, config.model.init_from
-    cuda = run.device.startswith("cuda") or (run.device == "auto" and torch.cuda.is_available())
-    if run.compile and not run.deterministic and run.threads != 1:
-        yield (
-            "[run] compile = true with deterministic = false and several threads: compiled sums are added up in the "
-            "order in which threads finish; set deterministic = true, or threads = 1"
-        )
-    if cuda and not run.deterministic:
-        yield (
-            "[run] deterministic = false on CUDA: some kernels add up in the order in which blocks finish; "
-            "set deterministic = true"
-        )
+    """Why the two runs of this configuration need not end bit for bit equal."""
+    yield from inexact_resume(config)
+    start = config.model.init_from
     if start is not None and not any(
         (folder / "config.json").is_file() for folder in (Path(start), Path(start) / "current")
     ):

@@ -34,7 +34,16 @@ from anytimed.contracts import (
     StepReport,
 )
 from anytimed.data.reader import Reader
-from anytimed.service.assembly import Parts, differences, initial_weights, learner_of, parts_of, pipeline_of, shape
+from anytimed.service.assembly import (
+    Parts,
+    differences,
+    inexact_resume,
+    initial_weights,
+    learner_of,
+    parts_of,
+    pipeline_of,
+    shape,
+)
 from anytimed.service.origin import Sources
 from anytimed.service.quarantine import Quarantine
 from anytimed.storage.commits import Commit, Commits
@@ -110,7 +119,7 @@ class Session:
         """Copy x out now; what is returned waits for the copy and gives a checkpoint's content, in any thread."""
         snapshot = self.learner.export(config.exports.dtype)
         tokens = self.learner.tokens
-        flags = ["replay is not bit for bit: torch.compile"] if config.run.compile else []
+        flags = [f"a resume need not be bit for bit: {why}" for why in inexact_resume(config)]
         skipped = [entry for entry in self.journal.entries("training") if entry["step"] <= snapshot.step]
 
         def make() -> ExportContent:

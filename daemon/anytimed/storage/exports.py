@@ -8,8 +8,6 @@ pull can be reading it. Whoever calls these holds the lease; `check` asks it aga
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
 import time
@@ -19,6 +17,7 @@ from anytimed.contracts import AnytimedError, CorruptError, Refused
 
 from .checkpoint_files import ExportContent
 from .lease import lease_term, since_boot_s
+from .listing import finished, folders, manifest_key, read_published
 from .manifest import (
     CHECKPOINTS,
     MANIFEST_BYTES,
@@ -87,7 +86,7 @@ class Publisher:
         `progress(done, total)` in bytes. `check` is called before every point that counts and raises if the prefix is
         not ours. Raises StoreError, Refused where another writer published other bytes under this id, Superseded.
         """
-        key = f"{CHECKPOINTS}/{item.id}/{MANIFEST_NAME}"
+        key = manifest_key(item.id)
         check()
         if not self._published(key, item):
             self._store.delete(f"{CHECKPOINTS}/{item.id}/{_RETIRED}")
@@ -155,7 +154,7 @@ class Publisher:
     def latest_term(self) -> int:
         """The highest term that anything under the prefix bears, lease and unfinished uploads included; 0 if there is
         nothing."""
-        found = [CheckpointId.parse(ident).term for ident in self._folders()]
+        found = [ident.term for ident in folders(self._store, CHECKPOINTS)]
         latest = self.pointer("latest.json")
         return max([*found, latest.order[0] if latest else 0, lease_term(self._store)])
 
@@ -175,8 +174,8 @@ class Publisher:
         does data that never got a manifest.
         """
         check()
-        folders = self._folders()
-        ids = [ident for ident, names in folders.items() if MANIFEST_NAME in names]
+        found = {str(ident): names for ident, names in folders(self._store, CHECKPOINTS).items()}
+        ids = [ident for ident, names in found.items() if MANIFEST_NAME in names]
         named = {p.id for p in map(self.pointer, ("latest.json", "best.json")) if p is not None}
         published = []
         for ident in ids:
@@ -196,14 +195,14 @@ class Publisher:
         for ident in going:
             # The note comes first: after a crash between the two, the next call takes the manifest away again.
             self._note_retired(ident)
-            self._store.delete(f"{CHECKPOINTS}/{ident}/{MANIFEST_NAME}")
+            self._store.delete(manifest_key(ident))
             self._known.pop(ident, None)
-        self._delete_data(folders, named, grace_s)
+        self._delete_data(found, named, grace_s)
         return going
 
-    def _delete_data(self, folders: dict[str, list[str]], named: set[str], grace_s: float) -> None:
+    def _delete_data(self, found: dict[str, list[str]], named: set[str], grace_s: float) -> None:
         now = self._monotonic()
-        for ident, names in folders.items():
+        for ident, names in found.items():
             if MANIFEST_NAME in names or ident in named:
                 continue
             if _RETIRED not in names:
@@ -246,13 +245,11 @@ class Publisher:
             return
         self._store.put_file(item.path / entry.name, key)
         if self._verify:
-            digest = hashlib.sha256()
-            for chunk in self._store.download(key, entry.size + 1):
-                digest.update(chunk)
-            if digest.hexdigest() != entry.sha256:
+            found = self._store.digest(key, entry.size + 1)
+            if found != entry.sha256:
                 raise StoreError(
-                    f"{self._store.url}/{key}: the store holds other bytes than were sent (SHA-256 "
-                    f"{digest.hexdigest()}, expected {entry.sha256}); not published, it is sent again"
+                    f"{self._store.url}/{key}: the store holds other bytes than were sent (SHA-256 {found}, expected "
+                    f"{entry.sha256}); not published, it is sent again"
                 )
         self._uploaded.add(key)
 
@@ -286,30 +283,17 @@ class Publisher:
             log.warning("%s; it is written anew", error)
             return None
 
-    def _folders(self) -> dict[str, list[str]]:
-        """File names by checkpoint id, unfinished and retired ones included; foreign folders are left alone."""
-        found: dict[str, list[str]] = {}
-        for key in self._store.list(CHECKPOINTS):
-            parts = key.split("/")
-            if len(parts) == 3:
-                with contextlib.suppress(ValueError):
-                    found.setdefault(str(CheckpointId.parse(parts[1])), []).append(parts[2])
-        return found
-
     def _ids(self) -> list[str]:
         """Ids that have a manifest, newest first."""
-        ids = [ident for ident, names in self._folders().items() if MANIFEST_NAME in names]
-        return sorted(ids, key=lambda ident: CheckpointId.parse(ident).order, reverse=True)
+        return [str(ident) for ident in finished(folders(self._store, CHECKPOINTS))]
 
     def _manifest_bytes(self, ident: str, *, cached: bool = False) -> bytes | None:
         """The stored manifest, remembered in `_known`; None where it is gone, unreadable, or (`cached`) known
         already."""
         if cached and ident in self._known:
             return None
-        key = f"{CHECKPOINTS}/{ident}/{MANIFEST_NAME}"
         try:
-            data = self._store.read(key, MANIFEST_BYTES)
-            self._known[ident] = Manifest.from_bytes(data, f"{self._store.url}/{key}")
+            self._known[ident], data = read_published(self._store, ident)
         except (MissingKey, CorruptError, Refused) as error:
             log.warning("%s", error)
             return None

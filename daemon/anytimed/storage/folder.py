@@ -12,9 +12,20 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from .durable import CHUNK_BYTES, beside, fsync_folder, make_folders, write_durably, write_new
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What was read of an object. `size`: its bytes, those that were not read included; `version`: a text that changes
+    with them."""
+
+    size: int
+    data: bytes
+    version: str
 
 
 class Folder:
@@ -58,8 +69,8 @@ class Folder:
         make_folders(path.parent)
         write_durably(path, data)
 
-    def swap(self, key: str, data: bytes, version: str) -> bool:
-        """Replace an object whose content has that SHA-256 (hex); False where it has another, or is gone."""
+    def swap(self, key: str, data: bytes, version: str) -> str | None:
+        """Replace an object that still has that version; the new one, or None where it has another, or is gone."""
         file = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -67,18 +78,18 @@ class Folder:
                 with (self._root / key).open("rb") as standing:
                     found = hashlib.file_digest(standing, "sha256").hexdigest()
             except FileNotFoundError:
-                return False
+                return None
             if found != version:
-                return False
-            write_durably(self._root / key, data)
+                return None
+            return write_durably(self._root / key, data)[1]
         finally:
             os.close(file)
-        return True
 
-    def read(self, key: str, max_bytes: int) -> tuple[int, bytes]:
-        """An object's size, and at most `max_bytes` + 1 of its bytes."""
+    def read(self, key: str, max_bytes: int) -> Content:
+        """An object, at most `max_bytes` + 1 of its bytes; its version is their SHA-256 (hex)."""
         with (self._root / key).open("rb") as file:
-            return os.fstat(file.fileno()).st_size, file.read(max_bytes + 1)
+            size, data = os.fstat(file.fileno()).st_size, file.read(max_bytes + 1)
+        return Content(max(size, len(data)), data, hashlib.sha256(data).hexdigest())
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """The bytes `start` up to `end`; fewer where the object is shorter."""
@@ -97,9 +108,10 @@ class Folder:
         return (self._root / key).stat().st_size
 
     def walk(self, prefix: str) -> Iterator[str]:
-        """Paths of all files below a prefix."""
+        """Keys of all objects below a prefix, "" for all."""
         for folder, _, files in os.walk(self._root / prefix):
-            yield from (f"{folder}/{name}" for name in files)
+            inner = Path(folder).relative_to(self._root)
+            yield from (str(inner / name) for name in files)
 
     def delete(self, key: str) -> None:
         """Remove an object, and the folders that this leaves empty."""

@@ -25,6 +25,7 @@ from anytimed.contracts import AnytimedError, CorruptError, Refused
 from .commit import Commit
 from .durable import CHUNK_BYTES, beside, digest_of
 from .journal import Journal
+from .listing import finished, folders
 from .manifest import CheckpointId, FileEntry
 from .mirror_manifest import (
     COMMIT_MANIFEST,
@@ -38,7 +39,7 @@ from .mirror_manifest import (
     matching,
     term_key,
 )
-from .mirror_reader import commit_folders, known_terms, read_claim, read_manifest
+from .mirror_reader import known_terms, read_claim, read_manifest
 from .run_directory import RunDirectory
 from .store import MissingKey, Store, StoreError
 
@@ -134,27 +135,28 @@ class Mirror:
         return manifest
 
     def retain(self, keep: int) -> list[CheckpointId]:
-        """Keep the `keep` newest commits, delete older ones and what no manifest names; the ids that went.
+        """Keep the `keep` newest commits, delete older ones and what no manifest names; the ids that went, oldest
+        first.
 
         Raises TermTaken, StoreError; repeating is safe.
         """
         assert keep >= 2, keep
         self._check_fence()
-        folders = commit_folders(self._store)
-        whole = sorted((i for i, names in folders.items() if MIRROR_MANIFEST in names), key=lambda i: i.order)
+        found = folders(self._store, COMMITS)
+        whole = finished(found, MIRROR_MANIFEST)
         readable = [ident for ident in whole if self._readable(ident)]
         if len(readable) < keep:
             return []
-        oldest = readable[-keep]
-        going = [ident for ident in readable if ident.order < oldest.order]
+        oldest = readable[keep - 1]
+        going = [ident for ident in reversed(readable) if ident.order < oldest.order]
         for ident in going:
             self._store.delete(f"{COMMITS}/{ident}/{MIRROR_MANIFEST}")
             self._known.pop(ident, None)
         # An unreadable manifest stays for a person, or for a newer anytimed that wrote it.
         unreadable = set(whole) - set(readable)
-        for ident in sorted(folders.keys() - unreadable, key=lambda i: i.order):
+        for ident in sorted(found.keys() - unreadable, key=lambda i: i.order):
             if ident.order < oldest.order:
-                for name in folders[ident]:
+                for name in found[ident]:
                     self._store.delete(f"{COMMITS}/{ident}/{name}")
         if not unreadable:
             named = {segment.key for manifest in self._known.values() for segment in manifest.journal}
@@ -178,7 +180,7 @@ class Mirror:
             raise StoreError(f"{self.url}/{term_key(self._run.term)}: our claim is gone; it is made anew")
         if nonce != self._nonce:
             raise TermTaken(self._told(self._run.term))
-        seen = [*known_terms(self._store), *(ident.term for ident in commit_folders(self._store))]
+        seen = [*known_terms(self._store), *(ident.term for ident in folders(self._store, COMMITS))]
         if max(seen, default=0) > self._run.term:
             raise TermTaken(self._told(max(seen)))
 
@@ -225,8 +227,8 @@ class Mirror:
         """The segments in the mirror that our journal begins with: those of the last push, or, in a process that has
         pushed nothing yet, those of the newest commit there that are what our journal holds."""
         if self._newest is None:
-            ids = sorted(commit_folders(self._store).items(), key=lambda item: item[0].order, reverse=True)
-            newest = next((i for i, names in ids if MIRROR_MANIFEST in names and self._readable(i)), None)
+            ids = finished(folders(self._store, COMMITS), MIRROR_MANIFEST)
+            newest = next(filter(self._readable, ids), None)
             return matching(journal, self._known[newest].journal) if newest is not None else []
         return self._newest.journal
 
@@ -248,10 +250,10 @@ class Mirror:
 
     def _send(self, local: Path, key: str, size: int, sha256: str) -> None:
         """Store a file, unless it is there already from an attempt that was cut off, and read it back."""
-        if self._holds(key, size) and self._digest(key, size) == sha256:
+        if self._holds(key, size) and self._store.digest(key, size) == sha256:
             return
         self._store.put_copy(local, key)
-        found = self._digest(key, size)
+        found = self._store.digest(key, size)
         if found != sha256:
             if digest_of(local)[1] != sha256:
                 raise CorruptError(f"{local}: damaged on the local disk: expected SHA-256 {sha256}; not mirrored")
@@ -262,9 +264,3 @@ class Mirror:
             return self._store.size(key) == size
         except MissingKey:
             return False
-
-    def _digest(self, key: str, size: int) -> str:
-        digest = hashlib.sha256()
-        for chunk in self._store.download(key, size):
-            digest.update(chunk)
-        return digest.hexdigest()

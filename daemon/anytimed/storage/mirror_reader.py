@@ -19,6 +19,7 @@ from anytimed.contracts import CorruptError
 
 from .commits import Commit, Commits
 from .durable import write_all
+from .listing import finished, folders
 from .manifest import MANIFEST_BYTES, CheckpointId, CommitManifest
 from .mirror_manifest import COMMIT_MANIFEST, COMMITS, MIRROR_MANIFEST, TERMS, Claim, MirrorManifest, term_key
 from .store import MissingKey, Store
@@ -39,28 +40,25 @@ class Seen:
 
 def look(store: Store) -> Seen:
     """Read claims and manifests. Raises StoreError where the store does not answer, NewerFormat."""
-    folders = commit_folders(store)
+    found = folders(store, COMMITS)
     terms = known_terms(store)
     bad: list[str] = []
     manifests: list[MirrorManifest] = []
-    for ident in sorted((i for i, names in folders.items() if MIRROR_MANIFEST in names), key=lambda i: i.order):
+    for ident in finished(found, MIRROR_MANIFEST):
         try:
             manifests.append(read_manifest(store, ident))
         except MissingKey:
             continue  # retired meanwhile
         except CorruptError as error:
             bad.append(str(error))
-    manifests.sort(key=lambda manifest: manifest.order, reverse=True)
     run_id = manifests[0].run_id if manifests else None
     for term in reversed(terms):
         if manifests and manifests[0].term > term:
             break
         with contextlib.suppress(MissingKey, CorruptError):
-            run_id = Claim.from_bytes(
-                store.read(term_key(term), MANIFEST_BYTES), f"{store.url}/{term_key(term)}"
-            ).run_id
+            run_id = read_claim(store, term).run_id
             break
-    highest = max([*terms, *(ident.term for ident in folders)], default=0)
+    highest = max([*terms, *(ident.term for ident in found)], default=0)
     return Seen(run_id, highest, tuple(m for m in manifests if m.run_id == run_id), tuple(bad))
 
 
@@ -76,17 +74,6 @@ def read_manifest(store: Store, ident: CheckpointId) -> MirrorManifest:
     if manifest.id != ident:
         raise CorruptError(f"{store.url}/{key}: says {manifest.id}")
     return manifest
-
-
-def commit_folders(store: Store) -> dict[CheckpointId, list[str]]:
-    """File names by commit, unfinished ones included; what is named otherwise is passed over."""
-    found: dict[CheckpointId, list[str]] = {}
-    for key in store.list(COMMITS):
-        parts = key.split("/")
-        if len(parts) == 3:
-            with contextlib.suppress(ValueError):
-                found.setdefault(CheckpointId.parse(parts[1]), []).append(parts[2])
-    return found
 
 
 def known_terms(store: Store) -> list[int]:

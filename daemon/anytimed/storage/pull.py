@@ -8,8 +8,6 @@ so. What is in place is never exchanged for something older unless that was aske
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -19,7 +17,8 @@ from typing import Any
 
 from anytimed.contracts import ConfigError, CorruptError, Refused
 
-from .manifest import CHECKPOINTS, MANIFEST_BYTES, MANIFEST_NAME, POINTER_BYTES, CheckpointId, Manifest, Pointer
+from .listing import finished, folders, read_published
+from .manifest import CHECKPOINTS, POINTER_BYTES, CheckpointId, Manifest, Pointer
 from .partial import Progress
 from .ranges import Budget
 from .store import MissingKey, Store
@@ -52,7 +51,7 @@ def latest(url: str, storage_options: Mapping[str, Any] | None = None) -> Manife
     while True:
         ident, sha256 = _newest(store, gone)
         try:
-            return _offer(store, ident, sha256)[0]
+            return read_published(store, ident, sha256)[0]
         except MissingKey:
             gone.add(ident)
 
@@ -61,9 +60,9 @@ def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None)
     """All published checkpoints, newest first; those whose manifest cannot be read are logged and left out."""
     store = Store(url, storage_options, deadline_s=_DEADLINE_S)
     found = []
-    for ident in _ids(store):
+    for ident in map(str, finished(folders(store, CHECKPOINTS))):
         try:
-            found.append(_offer(store, ident, None)[0])
+            found.append(read_published(store, ident, None)[0])
         except (MissingKey, CorruptError) as error:
             log.warning("%s", error)
     return found
@@ -99,7 +98,7 @@ def pull(
                 raise
             break
         try:
-            manifest, data = _offer(store, ident, sha256)
+            manifest, data = read_published(store, ident, sha256)
         except (MissingKey, CorruptError) as error:
             if _again(tried, ident, error):
                 continue
@@ -169,7 +168,7 @@ def _newest(store: Store, passed_over: AbstractSet[str]) -> tuple[str, str | Non
     pointer = _pointed(store, "latest.json")
     if pointer is not None and pointer.id not in passed_over:
         return pointer.id, pointer.manifest_sha256
-    for ident in _ids(store):
+    for ident in map(str, finished(folders(store, CHECKPOINTS))):
         if ident not in passed_over:
             return ident, None
     raise MissingKey(f"{store.url}: no checkpoint is published here")
@@ -185,30 +184,6 @@ def _asked(store: Store, checkpoint: str) -> tuple[str, str | None]:
     if pointer is None:
         raise MissingKey(f"{store.url}: no best.json; no checkpoint was evaluated yet")
     return pointer.id, pointer.manifest_sha256
-
-
-def _offer(store: Store, ident: str, sha256: str | None) -> tuple[Manifest, bytes]:
-    """A published manifest and its bytes. Raises MissingKey, CorruptError, NewerFormat."""
-    key = f"{CHECKPOINTS}/{ident}/{MANIFEST_NAME}"
-    where = f"{store.url}/{key}"
-    data = store.read(key, MANIFEST_BYTES)
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptError(f"{where}: not the bytes with SHA-256 {sha256} that the pointer names")
-    manifest = Manifest.from_bytes(data, where)
-    if manifest.id != ident:
-        raise CorruptError(f"{where}: says that it is {manifest.id}")
-    return manifest, data
-
-
-def _ids(store: Store) -> list[str]:
-    """Ids with a manifest, newest first."""
-    found = []
-    for key in store.list(CHECKPOINTS):
-        parts = key.split("/")
-        if len(parts) == 3 and parts[2] == MANIFEST_NAME:
-            with contextlib.suppress(ValueError):
-                found.append(CheckpointId.parse(parts[1]))
-    return [str(ident) for ident in sorted(found, key=lambda ident: ident.order, reverse=True)]
 
 
 def _pointed(store: Store, name: str) -> Pointer | None:

@@ -43,8 +43,8 @@ def try_once(fs: Any) -> None:
     fs._call_s3 = call_s3
 
 
-async def read_versioned(fs: Any, path: str, max_bytes: int) -> tuple[bytes, str]:
-    """At most `max_bytes` + 1 bytes of an object, and its ETag, from one answer."""
+async def read_versioned(fs: Any, path: str, max_bytes: int) -> tuple[int, bytes, str]:
+    """An object's size, at most `max_bytes` + 1 of its bytes, and its ETag, from one answer."""
     bucket, key, _ = fs.split_path(path)
     answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
     body = answer["Body"]
@@ -55,7 +55,7 @@ async def read_versioned(fs: Any, path: str, max_bytes: int) -> tuple[bytes, str
             data += chunk
     finally:
         body.close()
-    return data, str(answer["ETag"])
+    return max(answer.get("ContentLength") or 0, len(data)), data, str(answer["ETag"])
 
 
 async def replace_if(fs: Any, path: str, data: bytes, etag: str) -> None:

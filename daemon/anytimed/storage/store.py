@@ -1,48 +1,38 @@
 """Objects at a URL, or in a local folder: whole or not there at all.
 
-A local path or file:// URL is a `folder`. Any other goes through fsspec, where one put is one whole object, conditions
-are asked of the store and checked by reading back, and every operation has one budget of ours (`patience`).
-
-Errors name URL and key and never carry a password, a key or a token.
+A local path or file:// URL is a `folder`, any other URL goes through fsspec (`remote`). What is the same for both is
+here: keys that cannot lead out, conditions that are checked by reading back, and errors that name URL and key and
+never carry a password, a key or a token.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
 import functools
 import hashlib
 import re
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
 from anytimed.contracts import AnytimedError, ConfigError, CorruptError
 from anytimed.urls import bounded, credentials, told
 
 from . import s3
-from .durable import fsync_folder, write_durably
 from .folder import Folder
-from .patience import passes, patiently
-from .web import WholeObject, is_web, read_range, whole
+from .patience import passes
+from .remote import Answer, Remote
+from .web import WholeObject
 
-__all__ = ["MissingKey", "Store", "StoreError", "check_key", "fsync_folder", "write_durably"]
+__all__ = ["Answer", "MissingKey", "NoRanges", "PassingError", "Store", "StoreError", "check_key"]
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
-_DOWNLOAD_BYTES = 16 << 20
-"""Asked of a remote store in one request: the cost of a request is small beside it, so is the memory."""
 _SMALL_BYTES = 16 << 20
 """What is replaced by compare-and-swap is a pointer or a lease: never more."""
-_SLOWEST_BYTES_PER_S = 1 << 20
-"""A transfer may take as much longer than the deadline as its bytes take at this rate."""
 
 
 class StoreError(AnytimedError):
@@ -61,18 +51,14 @@ class NoRanges(StoreError):
     """A part of an object was asked for, and the store sends the whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A range that was asked for: `result` waits for its bytes, `cancel` gives it up."""
-
-    result: Callable[[], bytes]
-    cancel: Callable[[], object] = lambda: None
+def _is_key(name: str) -> bool:
+    return len(name) <= 900 and all(_SEGMENT.fullmatch(part) for part in name.split("/"))
 
 
 def check_key(key: str) -> str:
     """`key`, if it is a relative posix name of plain parts; ValueError otherwise (`..`, absolute, backslash, NUL,
     hidden)."""
-    if len(key) > 900 or not all(_SEGMENT.fullmatch(part) for part in key.split("/")):
+    if not _is_key(key):
         raise ValueError(f"{key[:80]!r} is no key; expected plain names of letters, digits and _ . + - joined by /")
     return key
 
@@ -80,21 +66,19 @@ def check_key(key: str) -> str:
 class Store:
     """A prefix at an fsspec URL, or a local folder. Keys are relative; objects appear whole or not at all.
 
-    `deadline_s` holds for one operation on a remote store that fsspec drives asynchronously (S3, GCS, Azure, HTTP),
-    retries included; transfers get more by their size. What is under way at its end is cancelled, so that a late
-    answer cannot overwrite what came after it. Nothing is cached, neither listings nor instances.
+    `deadline_s` holds for one operation on a remote store, see `Remote`. Nothing is cached, neither listings nor
+    instances.
     """
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None, *, deadline_s: float = 60.0) -> None:
         """Makes no request. Raises ConfigError on an unknown or chained URL, or where its package is not installed."""
         options = dict(storage_options or {})
         self._secrets = credentials(url, options)
-        self._deadline_s = deadline_s
         self.url = self._told(url)
         if "::" in url:
             raise ConfigError(f"{self.url}: chained URLs are not supported, a cache between would serve what is gone")
         try:
-            self._fs, root = fsspec.url_to_fs(
+            fs, path = fsspec.url_to_fs(
                 url,
                 **{**bounded(url, s3.options(url, options)), "use_listings_cache": False, "skip_instance_cache": True},
             )
@@ -103,12 +87,13 @@ class Store:
                 f"{self.url}: {self._told(str(error))}; expected a folder or an fsspec URL "
                 "(for s3:// pip install 'anytimed[s3]', for gs:// pip install 'anytimed[gcs]')"
             ) from None
-        self._root = str(root).rstrip("/")
-        self._folder = Folder(Path(self._root or "/")) if isinstance(self._fs, LocalFileSystem) else None
-        self._s3 = s3.is_s3(self._fs)
-        if self._s3:
-            s3.try_once(self._fs)
-        self._traits = {"advisory": not (self._s3 or self._folder is not None)}
+        root = str(path).rstrip("/")
+        self._place: Folder | Remote
+        if isinstance(fs, LocalFileSystem):
+            self._place = Folder(Path(root or "/"))
+        else:
+            self._place = Remote(fs, root, deadline_s)
+        self._traits = {"advisory": isinstance(self._place, Remote) and not self._place.is_s3}
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -116,7 +101,8 @@ class Store:
     def hurried(self, deadline_s: float) -> Store:
         """The same store with another deadline."""
         other = copy.copy(self)
-        other._deadline_s = deadline_s
+        if isinstance(self._place, Remote):
+            other._place = self._place.hurried(deadline_s)
         return other
 
     @property
@@ -134,23 +120,13 @@ class Store:
 
         In a local store on the same file system this is a second name for the same bytes, nothing is copied.
         """
-        with self._names(key):
-            if self._folder is not None:
-                self._folder.put(local, check_key(key), copy=False)
-                return
-            size = local.stat().st_size
-            self._call("put_file", str(local), self._at(key), transfer_bytes=size)
-            stored = self._call("info", self._at(key)).get("size")
-        if stored not in (None, size):
-            raise StoreError(f"{self.url}/{key}: the store holds {stored} bytes after {size} were uploaded")
+        with self._names(check_key(key)):
+            self._place.put(local, key, copy=False)
 
     def put_copy(self, local: Path, key: str) -> None:
         """As `put_file`, but always bytes of their own: what rots in one place does not rot in the other."""
-        if self._folder is None:
-            self.put_file(local, key)
-            return
-        with self._names(key):
-            self._folder.put(local, check_key(key), copy=True)
+        with self._names(check_key(key)):
+            self._place.put(local, key, copy=True)
 
     def create(self, key: str, data: bytes) -> bool:
         """Store an object only if there is none; False if there was one, whoever wrote it.
@@ -159,24 +135,23 @@ class Store:
         checked by reading back here too: one that ignores the condition may have let another writer win, and is asked
         first whether there is one.
         """
-        if self._folder is not None:
-            return self.create_unlooked(key, data)
-        return not self.exists(key) and self.create_unlooked(key, data)
+        if isinstance(self._place, Remote) and self.exists(key):
+            return False
+        return self.create_unlooked(key, data)
 
     def create_unlooked(self, key: str, data: bytes) -> bool:
         """`create` by the store's condition alone, as the probe wants it."""
-        if self._folder is not None:
-            with self._names(key):
-                return self._folder.create(check_key(key), data)
+        if isinstance(self._place, Folder):
+            with self._names(check_key(key)):
+                return self._place.create(key, data)
         refusal: StoreError | None = None
         try:
-            with self._names(key):
-                self._call("pipe_file", self._at(key), data, mode="create", transfer_bytes=len(data))
+            with self._names(check_key(key)):
+                self._place.create(key, data)
         except _Exists:
             return False
         except StoreError as error:
-            # A refusal has many spellings (412, 409), and a lost answer looks like a failure: what stands there
-            # decides.
+            # A lost answer looks like a failure, and so do some refusals: what stands there decides.
             refusal = error
         try:
             return self.read(key, len(data)) == data
@@ -187,36 +162,20 @@ class Store:
 
     def replace(self, key: str, data: bytes) -> None:
         """Create or replace an object as a whole."""
-        with self._names(key):
-            if self._folder is None:
-                self._call("pipe_file", self._at(key), data, transfer_bytes=len(data))
-            else:
-                self._folder.replace(check_key(key), data)
+        with self._names(check_key(key)):
+            self._place.replace(key, data)
 
     def read(self, key: str, max_bytes: int) -> bytes:
         """An object's content. Raises MissingKey, CorruptError where it is longer than `max_bytes`, StoreError."""
-        if self._s3:
-            return self.read_versioned(key, max_bytes)[0]
-        with self._names(key):
-            if self._folder is None:
-                size = self._call("info", self._at(key)).get("size") or 0
-                data = b"" if size > max_bytes else self._call("cat_file", self._at(key), transfer_bytes=size)
-            else:
-                size, data = self._folder.read(check_key(key), max_bytes)
-        if max(size, len(data)) > max_bytes:
-            raise CorruptError(f"{self.url}/{key}: {max(size, len(data))} bytes, expected {max_bytes} at most")
-        return bytes(data)
+        return self.read_versioned(key, max_bytes)[0]
 
     def read_versioned(self, key: str, max_bytes: int) -> tuple[bytes, str]:
         """An object's content and a text that changes with it, for `swap`. Raises as `read`."""
-        if not self._s3:
-            data = self.read(key, max_bytes)
-            return data, hashlib.sha256(data).hexdigest()
-        with self._names(key):
-            data, version = self._await(s3.read_versioned, self._fs, self._at(key), max_bytes)
-        if len(data) > max_bytes:
-            raise CorruptError(f"{self.url}/{key}: more than {max_bytes} bytes, expected {max_bytes} at most")
-        return bytes(data), version
+        with self._names(check_key(key)):
+            found = self._place.read(key, max_bytes)
+        if found.size > max_bytes:
+            raise CorruptError(f"{self.url}/{key}: {found.size} bytes, expected {max_bytes} at most")
+        return found.data, found.version
 
     def swap(self, key: str, data: bytes, version: str | None) -> str | None:
         """Replace an object if it still is `version`, create it if that is None; its new version if it now holds
@@ -228,16 +187,15 @@ class Store:
         if version is None:
             self.create(key, data)
             return self._holds(key, data)
-        if self._folder is not None:
-            with self._names(key):
-                swapped = self._folder.swap(check_key(key), data, version)
-            return hashlib.sha256(data).hexdigest() if swapped else None
+        if isinstance(self._place, Folder):
+            with self._names(check_key(key)):
+                return self._place.swap(key, data, version)
         refusal: StoreError | None = None
         try:
             if not self.advisory:
-                with self._names(key):
-                    self._await(s3.replace_if, self._fs, self._at(key), data, version, transfer_bytes=len(data))
-            elif self._version(key, _SMALL_BYTES) == version:
+                with self._names(check_key(key)):
+                    self._place.replace_if(key, data, version)
+            elif self._version(key) == version:
                 self.replace(key, data)
         except MissingKey:
             return None
@@ -245,7 +203,7 @@ class Store:
             refusal = error
         if (now := self._holds(key, data)) is not None:
             return now
-        if refusal is not None and self._version(key, _SMALL_BYTES) == version:
+        if refusal is not None and self._version(key) == version:
             raise refusal  # nobody else was there: it was no refused condition
         return None
 
@@ -254,69 +212,43 @@ class Store:
 
         A web server is asked once, for the whole. Raises as `read`.
         """
-        if size > 0 and is_web(self._fs):
-            with self._names(key):
-                for chunk in whole(self._fs, self._at(key), self._deadline_s):
-                    yield chunk[:size]
-                    size -= len(chunk)
-                    if size <= 0:
-                        return
-            return
-        if self._folder is not None:
-            with self._names(key):
-                yield from self._folder.chunks(check_key(key), size)
-            return
-        at = 0
-        while at < size:
-            end = min(at + _DOWNLOAD_BYTES, size)
-            with self._names(key):
-                chunk = self._call("cat_file", self._at(key), start=at, end=end, transfer_bytes=end - at)
-            if at == 0 and len(chunk) > end:  # a store that knows no ranges answers with everything
-                yield chunk[:size]
-                return
-            yield chunk
-            at += len(chunk)
-            if len(chunk) < end - at + len(chunk):
-                return
+        with self._names(check_key(key)):
+            yield from self._place.chunks(key, size)
+
+    def digest(self, key: str, size: int, arrived: Callable[[int], None] = lambda _: None) -> str:
+        """SHA-256 (hex) of the first `size` bytes of an object, read from the store; `arrived(count)` is told of every
+        chunk. Raises as `read`."""
+        digest = hashlib.sha256()
+        for chunk in self.download(key, size):
+            digest.update(chunk)
+            arrived(len(chunk))
+        return digest.hexdigest()
 
     def begin_range(self, key: str, start: int, end: int) -> Answer:
         """Ask for the bytes `start` up to `end` > `start` of an object; the answer's `result` is waited for.
 
         It has fewer bytes where the object is shorter. It raises MissingKey, NoRanges where the store sends the whole
-        object, PassingError where trying again may help, StoreError. Only a store that fsspec drives asynchronously is
-        asked at once; any other, when `result` is called. One attempt each.
+        object, PassingError where trying again may help, StoreError. One attempt each.
         """
-        if self._folder is not None:
-            get = functools.partial(self._folder.read_range, check_key(key), start, end)
-            return Answer(lambda: self._range(key, start, end, get))
-        if not isinstance(self._fs, AsyncFileSystem):
-            ask = functools.partial(self._fs.cat_file, self._at(key), start=start, end=end)
-            return Answer(lambda: self._range(key, start, end, ask))
-        if is_web(self._fs):
-            reading = read_range(self._fs, self._at(key), start, end)
+        check_key(key)
+        if isinstance(self._place, Folder):
+            answer = Answer(functools.partial(self._place.read_range, key, start, end))
         else:
-            reading = self._fs._cat_file(self._at(key), start=start, end=end)
-        deadline_s = self._deadline_s + (end - start) / _SLOWEST_BYTES_PER_S
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(reading, deadline_s), self._fs.loop)
-        return Answer(lambda: self._range(key, start, end, future.result), future.cancel)
+            answer = self._place.begin_range(key, start, end)
+        return Answer(lambda: self._range(key, start, end, answer.result), answer.cancel)
 
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all objects under a prefix that ends at a part's end, sorted; names that are no keys are left out."""
-        top = f"{self._root}/{check_key(prefix)}" if prefix else self._root
         try:
-            with self._names(prefix):
-                found = self._folder.walk(prefix) if self._folder is not None else self._call("find", top or "/")
-                keys = [path[len(self._root) :].lstrip("/") for path in found]
+            with self._names(check_key(prefix) if prefix else ""):
+                return sorted(key for key in self._place.walk(prefix) if _is_key(key))
         except MissingKey:
             return []
-        return sorted(key for key in keys if all(_SEGMENT.fullmatch(part) for part in key.split("/")))
 
     def size(self, key: str) -> int:
         """Bytes of an object. Raises MissingKey, StoreError."""
-        with self._names(key):
-            if self._folder is not None:
-                return self._folder.size(check_key(key))
-            return int(self._call("info", self._at(key))["size"])
+        with self._names(check_key(key)):
+            return self._place.size(key)
 
     def exists(self, key: str) -> bool:
         """Whether an object is there. Raises StoreError where the store does not answer."""
@@ -328,29 +260,21 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Remove an object, and in a local store the folders that this leaves empty; nothing there is no error."""
-        with contextlib.suppress(MissingKey), self._names(key):
-            if self._folder is None:
-                self._call("rm_file", self._at(key))
-            else:
-                self._folder.delete(check_key(key))
+        with contextlib.suppress(MissingKey), self._names(check_key(key)):
+            self._place.delete(key)
 
     def sweep(self, older_than_s: float, now_s: float) -> None:
         """Remove temporary files that killed writers left in a local store; remote stores have none."""
-        if self._folder is not None:
+        if isinstance(self._place, Folder):
             with self._names(""):
-                self._folder.sweep(older_than_s, now_s)
+                self._place.sweep(older_than_s, now_s)
 
     def sweep_uploads(self, prefix: str, older_than_s: float) -> int:
         """Abort multipart uploads under a prefix that were begun so long ago and not completed; how many. S3 only."""
-        if not self._s3:
+        if not isinstance(self._place, Remote) or not self._place.is_s3:
             return 0
-        with self._names(prefix):
-            begun = self._await(s3.unfinished_uploads, self._fs, f"{self._at(prefix)}/")
-            old = [u for u in begun if (datetime.now(UTC) - u[2]).total_seconds() >= older_than_s]
-            for path, upload_id, _ in old:
-                with contextlib.suppress(FileNotFoundError):  # completed or aborted meanwhile
-                    self._await(s3.abort_upload, self._fs, path, upload_id)
-        return len(old)
+        with self._names(check_key(prefix)):
+            return self._place.sweep_uploads(prefix, older_than_s)
 
     # --- within ---
 
@@ -366,11 +290,6 @@ class Store:
                 except OSError as error:
                     may_pass = passes(error)
                     raise
-                except AnytimedError:
-                    raise
-                except Exception as error:  # noqa: BLE001 - as in _call
-                    may_pass = passes(error)
-                    raise OSError(f"{type(error).__name__}: {error}") from None
         except MissingKey:
             raise
         except StoreError as error:
@@ -392,39 +311,11 @@ class Store:
             return None
         return version if found == data else None
 
-    def _version(self, key: str, max_bytes: int) -> str | None:
+    def _version(self, key: str) -> str | None:
         try:
-            return self.read_versioned(key, max_bytes)[1]
+            return self.read_versioned(key, _SMALL_BYTES)[1]
         except MissingKey:
             return None
-
-    def _at(self, key: str) -> str:
-        return f"{self._root}/{check_key(key)}"
-
-    def _call(self, name: str, *arguments: Any, transfer_bytes: int = 0, **options: Any) -> Any:
-        """The file system's method, tried again within the budget where fsspec drives it asynchronously."""
-        if isinstance(self._fs, AsyncFileSystem):
-            method = functools.partial(getattr(self._fs, f"_{name}"), **options)
-            return self._await(method, *arguments, transfer_bytes=transfer_bytes)
-        return self._as_os_error(functools.partial(getattr(self._fs, name), *arguments, **options))
-
-    def _await(self, method: Callable[..., Awaitable[Any]], *arguments: Any, transfer_bytes: int = 0) -> Any:
-        budget_s = self._deadline_s + transfer_bytes / _SLOWEST_BYTES_PER_S
-        ends = time.monotonic() + budget_s
-
-        def attempt() -> Any:
-            return sync(self._fs.loop, method, *arguments, timeout=max(ends - time.monotonic(), 0.01))
-
-        return self._as_os_error(lambda: patiently(attempt, budget_s))
-
-    @staticmethod
-    def _as_os_error(call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001 - every backend has a family of its own (botocore, aiohttp, google)
-            raise OSError(f"{type(error).__name__}: {error}") from None
 
     @contextlib.contextmanager
     def _names(self, key: str) -> Iterator[None]:
@@ -437,8 +328,6 @@ class Store:
             raise MissingKey(f"{where}: not there") from None
         except FileExistsError:
             raise _Exists(f"{where}: there is one already") from None
-        except TimeoutError:
-            raise StoreError(f"{where}: no answer within the deadline of {self._deadline_s:g} s") from None
         except OSError as error:
             raise StoreError(f"{where}: {self._told(str(error)) or type(error).__name__}") from None
 

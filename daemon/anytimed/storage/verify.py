@@ -21,6 +21,7 @@ from anytimed.contracts import AnytimedError, CorruptError, Json, Refused
 from .commit import MANIFEST, NAME, Damaged, read_commit
 from .durable import digest_of
 from .journal import check_lines
+from .listing import finished, folders, manifest_key, read_published
 from .manifest import (
     CHECKPOINTS,
     MANIFEST_BYTES,
@@ -33,7 +34,7 @@ from .manifest import (
     Pointer,
 )
 from .mirror_manifest import COMMIT_MANIFEST, COMMITS, MIRROR_MANIFEST, TERMS, MirrorManifest
-from .mirror_reader import commit_folders, known_terms, read_claim, read_manifest
+from .mirror_reader import known_terms, read_claim, read_manifest
 from .run_directory import RunDirectory
 from .spool import SEAL
 from .store import MissingKey, Store
@@ -80,7 +81,7 @@ class _Progress:
 
 def kind_of(store: Store) -> str:
     """What a prefix holds: "mirror", "published", or "" for nothing that we know."""
-    if store.list(TERMS) or any(MIRROR_MANIFEST in names for names in commit_folders(store).values()):
+    if store.list(TERMS) or finished(folders(store, COMMITS), MIRROR_MANIFEST):
         return "mirror"
     return "published" if store.exists("latest.json") or store.list(CHECKPOINTS) else ""
 
@@ -181,18 +182,14 @@ def verify_published(store: Store, meter: Meter | None = None) -> Iterator[Check
     found: dict[str, bytes] = {}
     problems: dict[str, Problem] = {}
     manifests: list[Manifest] = []
-    for ident in _checkpoints(store):
-        key = f"{CHECKPOINTS}/{ident}/{MANIFEST_NAME}"
+    for ident in map(str, finished(folders(store, CHECKPOINTS))):
         try:
-            found[ident] = store.read(key, MANIFEST_BYTES)
-            manifest = Manifest.from_bytes(found[ident], f"{store.url}/{key}")
-            if manifest.id != ident:
-                raise CorruptError(f"{store.url}/{key}: says {manifest.id}")
+            manifest, found[ident] = read_published(store, ident)
             manifests.append(manifest)
         except MissingKey:
             continue  # retired meanwhile
         except (CorruptError, Refused) as error:
-            problems[ident] = _told(f"{store.url}/{key}", error)
+            problems[ident] = _told(f"{store.url}/{manifest_key(ident)}", error)
     for name in ("latest.json", "best.json"):
         checked = _pointer(store, name, found)
         if checked is not None:
@@ -203,21 +200,8 @@ def verify_published(store: Store, meter: Meter | None = None) -> Iterator[Check
     for manifest in sorted(manifests, key=lambda m: m.order, reverse=True):
         folder = f"{CHECKPOINTS}/{manifest.id}"
         wrong = [p for e in manifest.files for p in _object(store, f"{folder}/{e.name}", e.size, e.sha256, progress)]
-        if not wrong or store.exists(f"{folder}/{MANIFEST_NAME}"):  # else it was retired meanwhile
+        if not wrong or store.exists(manifest_key(manifest.id)):  # else it was retired meanwhile
             yield Checked("checkpoint", f"{store.url}/{folder}", manifest.total_bytes, tuple(wrong))
-
-
-def _checkpoints(store: Store) -> list[str]:
-    """Ids of the folders that hold a manifest."""
-    found = set()
-    for key in store.list(CHECKPOINTS):
-        parts = key.split("/")
-        if len(parts) == 3 and parts[2] == MANIFEST_NAME:
-            try:
-                found.add(str(CheckpointId.parse(parts[1])))
-            except ValueError:
-                continue
-    return sorted(found, reverse=True)
 
 
 def _pointer(store: Store, name: str, manifests: dict[str, bytes]) -> Checked | None:
@@ -231,9 +215,10 @@ def _pointer(store: Store, name: str, manifests: dict[str, bytes]) -> Checked | 
             return Checked("pointer", where, 0, (Problem(where, "a pointer to the newest checkpoint", "nothing"),))
         except (CorruptError, Refused) as error:
             return Checked("pointer", where, 0, (_told(where, error),))
-        key = f"{CHECKPOINTS}/{pointer.id}/{MANIFEST_NAME}"
         try:
-            data = manifests.get(pointer.id) or store.read(key, MANIFEST_BYTES)
+            data = manifests.get(pointer.id) or store.read(manifest_key(pointer.id), MANIFEST_BYTES)
+        except CorruptError as error:
+            return Checked("pointer", where, 0, (_told(f"{store.url}/{manifest_key(pointer.id)}", error),))
         except MissingKey:
             if attempt == 1:
                 continue  # it may have moved on, and what it named been retired
@@ -262,8 +247,7 @@ def verify_mirror(store: Store, meter: Meter | None = None) -> Iterator[Checked]
             where = f"{store.url}/{TERMS}/{term:05d}.json"
             yield Checked("claim", where, 0, (_told(where, error),))
     manifests: list[MirrorManifest] = []
-    whole = [ident for ident, names in commit_folders(store).items() if MIRROR_MANIFEST in names]
-    for ident in sorted(whole, key=lambda i: i.order, reverse=True):
+    for ident in finished(folders(store, COMMITS), MIRROR_MANIFEST):
         try:
             manifests.append(read_manifest(store, ident))
         except MissingKey:
@@ -307,13 +291,10 @@ def _object(store: Store, key: str, size: int, sha256: str, progress: _Progress)
     where = f"{store.url}/{key}"
     try:
         stored = store.size(key)
-        digest = hashlib.sha256()
-        for chunk in store.download(key, size) if stored == size else ():
-            digest.update(chunk)
-            progress.add(len(chunk))
+        digest = store.digest(key, size, progress.add) if stored == size else ""
     except MissingKey:
         return [Problem(where, f"{size} bytes", "nothing")]
-    return _differences(where, size, sha256, stored, digest.hexdigest())
+    return _differences(where, size, sha256, stored, digest)
 
 
 def _differences(where: str, size: int, sha256: str, found_size: int, found: str) -> list[Problem]:

@@ -39,16 +39,12 @@ async def read_range(fs: Any, url: str, start: int, end: int) -> bytes:
 
 
 def whole(fs: Any, url: str, deadline_s: float) -> Iterator[bytes]:
-    """An object in chunks, each within the deadline. Raises OSError."""
-    from aiohttp import ClientError
-
+    """An object in chunks, each within the deadline. Raises OSError, TimeoutError, aiohttp's errors."""
     answer = sync(fs.loop, _get, fs, url, {}, timeout=deadline_s)
     try:
         _check(fs, answer, url)
         while chunk := sync(fs.loop, _read, answer, CHUNK_BYTES, timeout=deadline_s):
             yield chunk
-    except ClientError as error:
-        raise OSError(f"{type(error).__name__}: {error}") from None
     finally:
         fs.loop.call_soon_threadsafe(answer.close)
 
