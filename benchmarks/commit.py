@@ -23,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from quiet import NEVER
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +40,6 @@ from anytimed.service.recovery import recover
 from anytimed.service.requests import Mailbox
 from anytimed.storage.run_directory import RunDirectory
 
-NEVER = 10**9
 BYTES_BAR = 1.02
 ROUND = 6
 """Steps of a round: the first begins a commit, the fourth copies the state for comparison, the others are plain."""
@@ -97,32 +98,25 @@ class Timed(Daemon):
 
 def configured(path: Path, folder: Path, changes: dict[str, Any]) -> Path:
     """The configuration with `changes`, in a scratch folder, without anything that is not measured here; as TOML."""
-    told = load(path).model_dump(exclude_none=True)
-    for table, values in changes.items():
-        told[table].update(values)
-    told["run"]["directory"] = str(folder / "run")
-    told["exports"] = {"url": str(folder / "published"), "every_s": 86_400.0}
-    told["evaluation"]["every_steps"] = NEVER
-    told["commits"] = {"every_s": 86_400.0, "keep": 2}
-    told["data"]["discover"] = {"every_s": 86_400.0}
-    told["data"].setdefault("holdout", {})
-    told["logging"]["every_steps"] = NEVER
-    written = folder / "config.toml"
-    written.write_text("\n".join(_toml(table, name) for name, table in told.items()), encoding="utf-8")
+    tables = {
+        **changes,
+        "run": {"directory": str(folder / "run")},
+        "exports": {"url": str(folder / "published"), "every_s": 86_400.0},
+        "commits": {"every_s": 86_400.0, "keep": 2},
+        "evaluation": {"every_steps": NEVER},
+        "logging": {"every_steps": NEVER},
+        "data.discover": {"every_s": 86_400.0},
+    }
+    return based_on(path, folder / "config.toml", tables, without=["exports", "commits"])
+
+
+def based_on(path: Path, written: Path, tables: dict[str, dict[str, Any]], without: Sequence[str] = ()) -> Path:
+    """A configuration file that takes from another what it does not say itself."""
+    lines = [f"based_on = {json.dumps(str(path.absolute()))}", f"without = {json.dumps(list(without))}"]
+    for name, values in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    written.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return written
-
-
-def _toml(table: dict[str, Any], name: str) -> str:
-    plain = {key: value for key, value in table.items() if not isinstance(value, dict) or key == "discover"}
-    lines = [f"[{name}]", *(f"{key} = {_value(value)}" for key, value in plain.items())]
-    inner = [_toml(value, f"{name}.{key}") for key, value in table.items() if key not in plain]
-    return "\n".join([*lines, *inner]) + "\n"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_value(inner)}" for key, inner in value.items()) + " }"
-    return json.dumps(value)
 
 
 def written_bytes() -> dict[str, int]:
@@ -170,9 +164,7 @@ def resume(config: Path, repeats: int) -> Json:
     """Seconds from the start of a process to its first step, and to all tensors loaded in a bare script."""
     folder = Path(load(config).run.directory)
     ours, bare = [], []
-    text = config.read_text(encoding="utf-8").replace(f"every_steps = {NEVER}\n", "every_steps = 1\n")
-    each_step = config.with_name("resume.toml")
-    each_step.write_text(text.replace("[evaluation]\nevery_steps = 1\n", f"[evaluation]\nevery_steps = {NEVER}\n"))
+    each_step = based_on(config, config.with_name("resume.toml"), {"logging": {"every_steps": 1}})
     for _ in range(repeats):
         newest = max(path for path in (folder / "commits").iterdir() if not path.name.startswith("."))
         files = sorted(map(str, newest.glob("rank-*")))

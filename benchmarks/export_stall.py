@@ -20,10 +20,11 @@ import time
 from pathlib import Path
 
 import torch
+from quiet import quiet
 from rich.console import Console
 from safetensors.torch import load_file
 
-from anytimed.config import Config, load
+from anytimed.config import load
 from anytimed.contracts import Batch
 from anytimed.service.console import View
 from anytimed.service.loop import Daemon
@@ -33,7 +34,6 @@ from anytimed.storage.run_directory import RunDirectory
 
 STEPS = 10
 WARMUP_SEGMENTS = 4
-NEVER = 10**9
 
 
 class Timed(Daemon):
@@ -89,17 +89,6 @@ class Timed(Daemon):
         assert found.keys() == self._expected.keys()
         assert all(torch.equal(found[name], self._expected[name]) for name in found), "an exported x differs"
         self.compared += 1
-
-
-def quiet(config: Config, folder: Path) -> Config:
-    """The configuration in a scratch folder, without anything that is not measured here."""
-    told = config.model_dump()
-    told["run"]["directory"] = str(folder / "run")
-    told["exports"].update(url=str(folder / "published"), every_steps=None, keep=3)
-    told["evaluation"]["every_steps"] = NEVER
-    told["commits"].update(every_s=None, every_steps=None)
-    told["data"]["discover"]["every_s"] = 3600.0
-    return Config.model_validate(told)
 
 
 def main() -> None:

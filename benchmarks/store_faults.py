@@ -21,12 +21,13 @@ import time
 from pathlib import Path
 
 import torch
+from quiet import quiet
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the servers and the proxy of the fault suite
 
-from anytimed.config import Config, load  # noqa: E402
+from anytimed.config import load  # noqa: E402
 from anytimed.contracts import Batch  # noqa: E402
 from anytimed.service.console import View  # noqa: E402
 from anytimed.service.loop import Daemon  # noqa: E402
@@ -37,7 +38,6 @@ from tests.faults import servers  # noqa: E402
 
 STEPS = 10
 MODES = ("healthy", "dead", "storm")
-NEVER = 10**9
 
 
 class Timed(Daemon):
@@ -67,24 +67,6 @@ class Timed(Daemon):
                 self._limit = self._learner.step_count
 
 
-def prepared(config: Config, folder: Path, port: int) -> Config:
-    """The configuration in a scratch folder, exporting through the proxy, without what is not measured here."""
-    told = config.model_dump()
-    told["run"]["directory"] = str(folder / "run")
-    told["exports"].update(
-        url=f"s3://{servers.BUCKET}/published",
-        storage_options=servers.options(port),
-        every_steps=None,
-        keep=3,
-        drain_s=0.0,
-        deadline_s=10.0,
-    )
-    told["evaluation"]["every_steps"] = NEVER
-    told["commits"].update(every_s=None, every_steps=None)
-    told["data"]["discover"]["every_s"] = 3600.0
-    return Config.model_validate(told)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--segments", type=int, default=60, help="measured segments of 10 steps, a third each")
@@ -104,7 +86,14 @@ def main() -> None:
         ) as proxy,
     ):
         assert proxy.stdout is not None
-        config = prepared(load(arguments.config), Path(scratch), int(proxy.stdout.readline()))
+        config = quiet(
+            load(arguments.config),
+            Path(scratch),
+            url=f"s3://{servers.BUCKET}/published",
+            storage_options=servers.options(int(proxy.stdout.readline())),
+            drain_s=0.0,
+            deadline_s=10.0,
+        )
         run = RunDirectory(Path(config.run.directory))
         run.acquire()
         session = recover(config, run)

@@ -94,7 +94,7 @@ def test_a_full_disk_costs_entries_until_there_is_space(tmp_path: Path, victim: 
 
 @pytest.mark.fault(3, 4)
 def test_figures_and_notes_on_a_full_disk_stay_whole_lines(tmp_path: Path, injected: Injected) -> None:
-    with tmpfs(tmp_path / "disk", 32 * PAGE) as disk:
+    with tmpfs(tmp_path / "disk", 96 * PAGE) as disk:
         metrics = Metrics(disk / "metrics.jsonl", disk / "status.json")
         notes = Quarantine(disk)
         ballast, records, told = disk / "ballast", 0, 0
@@ -109,7 +109,7 @@ def test_figures_and_notes_on_a_full_disk_stay_whole_lines(tmp_path: Path, injec
                     notes("main", {"at": records}, Rejected("no text", "d" * 64))
                     metrics.show({"state": "x" * PAGE if full else "training"})
                     failed |= {bool(metrics.failed), bool(notes.failed)}
-                assert failed == ({False, True} if full else {False}), failed
+                assert (True in failed) is full, failed
             for file in ("metrics.jsonl", "main.jsonl"):
                 lines = (disk / file).read_bytes().splitlines(keepends=True)
                 assert all(line.endswith(b"\n") and json.loads(line) for line in lines)

@@ -147,10 +147,11 @@ def verdict(proof: Proof, plan: Plan) -> Iterator[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.tensors.items())
         yield f"Equal, bit for bit, {after}."
         yield f"  compared: {kinds} tensors; Position, hold-out, clocks, counters, journal; {found.exports} exports"
-        for name, source in sorted(found.sources[0].items()):
+        yield f"  stream, in both: {found.sequences:,} sequences into shuffle block {found.block + 1}"
+        for name, source in sorted(found.sources[0].items()) if found.block else ():
             yield (
-                f"  source {name}, in both: {source['records']:,} records with {source['tokens']:,} tokens read, "
-                f"{source['held_out']:,} held out, {source['rejected']:,} rejected"
+                f"  before that block, of source {name}: {source['records']:,} records with {source['tokens']:,} "
+                f"tokens read, {source['held_out']:,} held out, {source['rejected']:,} rejected"
             )
     else:
         yield f"DIFFERENT {after}:"

@@ -39,11 +39,14 @@ _NUMBERS = {
 class Sameness:
     """What `compare` found. `differences`: one line each, the first of its kind; empty where the runs are equal.
 
-    `tensors`: how many were compared, by what they are (x, z, momentum, …). `sources`: both runs' counts by source.
-    `data_changed`: what only one of them found. `exports`: how many weights had a partner of the same step."""
+    `tensors`: how many were compared, by what they are (x, z, momentum, …). `block`, `sequences`: where the stream
+    stands, from 0; `sources`: both runs' counts by source, before that block. `data_changed`: what only one of them
+    found. `exports`: how many weights had a partner of the same step."""
 
     step: int = 0
     tensors: dict[str, int] = field(default_factory=dict)
+    block: int = 0
+    sequences: int = 0
     sources: tuple[Json, Json] = field(default_factory=lambda: ({}, {}))
     differences: list[str] = field(default_factory=list)
     data_changed: str | None = None
@@ -69,6 +72,7 @@ def compare(names: tuple[str, str], runs: tuple[Path, Path], published: tuple[Pa
         key, *values = keys[0]
         more = f" (and {len(keys) - 1} more keys)" if len(keys) > 1 else ""
         found.differences.append(f"{key}: {_short(values[0])} {names[0]}, {_short(values[1])} {names[1]}{more}")
+    found.block, found.sequences = states[0]["position"]["block"], states[0]["position"]["index"]
     found.sources = tuple(state["position"]["sources"] for state in states)
     found.data_changed, journals = _journals(names, runs, min(s["position"]["journal_length"] for s in states))
     found.differences += journals
