@@ -47,6 +47,16 @@ def running(config: Path, *arguments: str, **environment: str) -> Iterator[subpr
         process.communicate()
 
 
+def test_the_status_says_since_when_it_is_in_its_state(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 12)
+    with running(tiny.config(tmp_path)) as process:
+        until(process, lambda: status(tmp_path)["state"] == "waiting for data")
+        first = status(tmp_path)
+        until(process, lambda: status(tmp_path)["time"] > first["time"] + 1)
+        later = status(tmp_path)
+        assert first["since"] == later["since"] <= first["time"]
+
+
 def test_data_added_while_it_runs_is_read_once_in_order_of_arrival(tmp_path: Path) -> None:
     tiny.write_text(tmp_path / "data", 12, prefix="m")
     config = tiny.config(tmp_path)

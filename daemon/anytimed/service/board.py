@@ -34,8 +34,8 @@ class Board:
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
         self._loss: float | None = None
-        self._began = self._started = time.time()
-        self.state, self.since = "starting", time.time()
+        self._began = self.since = time.time()
+        self.state = "starting"
         self.reason = ""
         self.evaluation: Evaluation | None = session.evaluation
         self.commit: Json | None = session.resumed
@@ -109,8 +109,7 @@ class Board:
     def tell(self, state: str, *, always: bool = False) -> None:
         """Refresh every view. `always`: also where log lines would be too close together."""
         if state != self.state:
-            self._began = self._started = time.time()
-        self.state, self.since = state, time.time()
+            self.state, self.since = state, time.time()
         self.last = self._status()
         self._view.show(self.last, always)
         self._systemd.notify(f"STATUS={line(self.last, time.time())}")
@@ -155,5 +154,5 @@ class Board:
         mirror = self._session.mirror
         if mirror is None:
             return None
-        since = self.mirrored["time"] if self.mirrored else self._started
+        since = self.mirrored["time"] if self.mirrored else self._began
         return {"url": mirror.url, "commit": self.mirrored, "last_mirrored_age_s": time.time() - since}

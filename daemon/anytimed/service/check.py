@@ -7,10 +7,11 @@ becomes one `Finding`; a failure does not hide the rest."""
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Record, Rejected, Stream
@@ -45,9 +46,10 @@ def check(config: Config) -> Iterator[Finding]:
     for name, stream in parts.streams.items():
         yield _tried(f"source {name}", partial(_read, stream))
     yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
-    yield _tried("exports", lambda: _write(config))
-    if (mirror := config.commits.mirror_url) is not None:
-        yield _tried("mirror", lambda: _probe(Store(mirror, config.commits.mirror_storage_options, deadline_s=CHECK_S)))
+    exports, commits = config.exports, config.commits
+    yield _tried("exports", lambda: _probe(exports.url, exports.storage_options, require=exports.require_conditions))
+    if (mirror := commits.mirror_url) is not None:
+        yield _tried("mirror", lambda: _probe(mirror, commits.mirror_storage_options))
     try:
         found = footprint(parts, _device(config))
     except ConfigError as error:
@@ -129,16 +131,12 @@ def _directory(path: Path) -> str:
     return f"{path}: writable, " + ("holds a run to resume" if known else "a new run would begin")
 
 
-def _write(config: Config) -> str:
-    store = Store(config.exports.url, config.exports.storage_options, deadline_s=CHECK_S)
+def _probe(url: str, options: Mapping[str, Any], *, require: bool = False) -> str:
+    """`require`: a store that does not enforce conditions will not do."""
+    store = Store(url, options, deadline_s=CHECK_S)
     ability = probe(store, uuid.uuid4().hex)
-    if config.exports.require_conditions and not ability.fences:
+    if require and not ability.fences:
         raise AnytimedError(
             f"{store.url}: {ability.told}; [exports] require_conditions = true asks for a store that does"
         )
-    return f"{store.url}: written, read back and removed a probe; the store {ability.told}"
-
-
-def _probe(store: Store) -> str:
-    ability = probe(store, uuid.uuid4().hex)
     return f"{store.url}: written, read back and removed a probe; the store {ability.told}"
