@@ -94,12 +94,18 @@ def test_the_search_would_find_them() -> None:
 
 
 def test_a_run_that_goes_well(tmp_path: Path) -> None:
-    """Source with a password, a token and a signature; options at both ends; commits, exports, pulls, a resume."""
+    """Source with a password, a token and a signature; options at every end; commits and their mirror, exports, pulls,
+    a resume, a verification, a proof."""
     data(tmp_path)
     with serving(tmp_path / "served") as (url, asked):
         options = {"client_kwargs": {"headers": {"X-Key": PLANTED[-1]}}}
         source = {"type": "text", "url": signed(url, "honest"), "storage_options": options}
-        path = tiny.config(tmp_path, exports={"storage_options": OPTIONS}, **{"sources.web": source})
+        path = tiny.config(
+            tmp_path,
+            exports={"storage_options": OPTIONS},
+            commits={"mirror_url": str(tmp_path / "mirror"), "mirror_storage_options": OPTIONS},
+            **{"sources.web": source},
+        )
         process = tiny.start("run", path, **ENVIRONMENT)
         try:
             until(process, lambda: bool(status(tmp_path)["export"]))
@@ -121,6 +127,8 @@ def test_a_run_that_goes_well(tmp_path: Path) -> None:
         say("list", published, "--json")
         say("pull", published, "--to", tmp_path / "model")
         assert "exports" in say("check", path)
+        assert "mirrored commit" in say("verify", path) and "checkpoint" in say("verify", published)
+        assert "Equal" in say("prove", path, "--steps", "4", "--kills", "1", "--keep", tmp_path / "proof")
         state = json.loads((tiny.newest_commit(tmp_path) / "state.json").read_text())
         step = state["learner"]["step"]
         # Signed anew, under another password: it resumes, for neither is part of what a commit binds a run to.
@@ -151,6 +159,25 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path, closed: int) -> None:
         assert "published" not in say("status", path)
         say("pull", f"http://ada:{PASSWORD}@127.0.0.1:{closed}/x?sig={SIGNATURE}", "--to", folder / "m", expect=1)
         assert_unwritten(folder)
+
+
+def test_a_mirror_that_cannot_be_reached(tmp_path: Path, closed: int) -> None:
+    """An empty machine may not begin anew, a machine with a commit goes on; both say why, without the password."""
+    tiny.write_text(tmp_path / "data", 20)
+    path = tiny.config(tmp_path, exports={"drain_s": 0.0})
+    say("run", path, "--steps", "2")
+    path.write_text(
+        path.read_text().replace(
+            "[commits]\n",
+            f'[commits]\nmirror_url = "http://ada:{PASSWORD}@127.0.0.1:{closed}/mirror?token={TOKEN}"\n'
+            f'mirror_storage_options = {{ headers = {{ X-Key = "{PLANTED[-1]}" }} }}\n',
+        )
+    )
+    assert "the newest commit is mirrored later" in say("run", path, "--steps", "3")
+    assert "Traceback" not in say("verify", path, expect=1)
+    (tmp_path / "run").rename(tmp_path / "away")
+    assert "the mirror cannot be asked" in say("run", path, "--steps", "3", expect=1)
+    assert_unwritten(tmp_path)
 
 
 def test_a_server_that_says_no_and_repeats_what_it_was_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import logging
 import os
 import signal
@@ -226,6 +227,29 @@ def test_a_store_that_fails_is_tried_again_and_an_older_run_s_spool_is_sent(box:
     box.start()
     box.wait(lambda: box.outbox.idle)
     assert box.published() == [1]
+
+
+@pytest.mark.parametrize("same_id", [False, True])
+def test_what_waited_while_others_published_is_dropped_and_the_next_goes_out(
+    box: Box, tmp_path: Path, same_id: bool
+) -> None:
+    """A run was gone for long, its last export unpublished; another run took the prefix over meanwhile."""
+    Spool(box.run).build(content(5))
+    box.run.release()
+    with RunDirectory(tmp_path / "other") as other:
+        other.acquire(at_least=0 if same_id else 7)
+        theirs = Spool(other).build(content(5 if same_id else 6, 2.0))
+        Publisher(Store(str(box.store))).publish(theirs)
+    box.run.acquire(at_least=theirs.manifest.term)
+    box.outbox = box.fresh()
+    box.start()
+    box.wait(lambda: box.outbox.idle)
+    assert json.loads((box.store / "latest.json").read_text())["id"] == theirs.id
+    reply: Future[dict[str, Any]] = Future()
+    box.outbox.submit(lambda: content(7), reply)
+    assert reply.result(20)["step"] == 7
+    assert json.loads((box.store / "latest.json").read_text())["step"] == 7
+    assert not [p for p in box.posted if isinstance(p, Published) and p.error]
 
 
 def test_an_x_that_is_not_finite_is_refused_and_the_next_one_goes_out(box: Box) -> None:

@@ -8,6 +8,7 @@ else. What happened is posted, and told to whoever asked for the export."""
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -19,8 +20,11 @@ from typing import Any
 from anytimed.contracts import AnytimedError, Json, Refused
 from anytimed.service.keeper import Keeper
 from anytimed.service.requests import Crashed, Published, Request
-from anytimed.storage.exports import ExportContent, ExportRefused, Publisher, Spool, Superseded
+from anytimed.storage.exports import ExportContent, ExportRefused, Publisher, Spool, SpoolItem, Superseded
 from anytimed.storage.gate import Standing
+from anytimed.storage.manifest import NewerFormat
+
+log = logging.getLogger("anytimed")
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 120.0
@@ -167,17 +171,7 @@ class Outbox:
         if not self._repaired:
             self._publisher.repair(alone=self._keeper.fences)
             self._repaired = True
-        if newest is not None:
-            began, total = time.monotonic(), newest.manifest.total_bytes
-
-            def moved(done: int, _: int) -> None:
-                self._upload = (newest.id, began, done, total)
-
-            moved(0, total)
-            try:
-                self._publisher.publish(newest, moved, check=self._keeper.check)
-            finally:
-                self._upload = None
+        if newest is not None and self._sent(newest):
             served = self._spool.serve(newest, self.keeps)
             self._parent = newest.id
             for reply in replies:
@@ -192,6 +186,27 @@ class Outbox:
                 )
             )
         self._waiting, self._pause_s = False, FIRST_PAUSE_S
+
+    def _sent(self, item: SpoolItem) -> bool:
+        """Publish it; False where it is one that an earlier process left and that others have overtaken since: what
+        this process exports counts as newer than theirs, that one never will, and it is dropped."""
+        began, total = time.monotonic(), item.manifest.total_bytes
+
+        def moved(done: int, _: int) -> None:
+            self._upload = (item.id, began, done, total)
+
+        moved(0, total)
+        try:
+            self._publisher.publish(item, moved, check=self._keeper.check)
+        except (Superseded, Refused) as error:
+            if item.manifest.term == self._spool.term or isinstance(error, NewerFormat):
+                raise
+            log.warning("%s: waited too long and is dropped: %s", item.id, error)
+            self._spool.discard(item)
+            return False
+        finally:
+            self._upload = None
+        return True
 
     def _failed(self, error: AnytimedError, replies: list[Reply]) -> None:
         # Drawn at random, or a thousand daemons would come back to a store at the same moment.

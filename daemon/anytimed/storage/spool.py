@@ -71,6 +71,11 @@ class Spool:
         self._seq = 0
         self._trusted: set[str] = set()
 
+    @property
+    def term(self) -> int:
+        """The term of what this process builds; what waits may bear a lower one."""
+        return self._run.term
+
     def build(self, content: ExportContent) -> SpoolItem:
         """Write an export into the spool. Raises ExportRefused where the gate refused it or x is not finite: it is kept
         aside then; ExportFailed (disk): nothing is left then."""
