@@ -35,6 +35,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+WAITING_S = 20.0
+"""Budget of one request to a store while a person waits."""
+
 out = Console()
 err = Console(stderr=True)
 
@@ -343,12 +346,13 @@ def _verified(where: str, progress: Callable[[int, int], None]) -> Iterator[Any]
         config = load(path)
         yield from verify_run(_run_directory(path), progress)
         if config.commits.mirror_url is not None:
-            yield from verify_mirror(Store(config.commits.mirror_url, config.commits.mirror_storage_options), progress)
+            options = config.commits.mirror_storage_options
+            yield from verify_mirror(Store(config.commits.mirror_url, options, deadline_s=WAITING_S), progress)
         return
     if (path / "OWNER").exists() or (path / "LOCK").exists():
         yield from verify_run(path, progress)
         return
-    store = Store(where)
+    store = Store(where, deadline_s=WAITING_S)
     kind = kind_of(store)
     if not kind:
         raise ConfigError(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import posixpath
+import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec import AbstractFileSystem, register_implementation
+from fsspec.asyn import AsyncFileSystem
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -117,6 +121,50 @@ def test_download_in_pieces_and_of_a_short_object(url: str, monkeypatch: pytest.
     assert b"".join(store.download("m", 30)) == data
     assert b"".join(store.download("m", 20)) == data[:20]
     assert list(store.download("m", 0)) == []
+
+
+class Tree(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Two folders, of which one cannot be listed; it lists trees in fsspec's own way."""
+
+    protocol = "tree"
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[dict[str, Any]]:
+        path = str(self._strip_protocol(path))
+        listed = {
+            "top": [("top/good", "directory"), ("top/bad", "directory"), ("top/gone", "directory")],
+            "top/good": [("top/good", "directory"), ("top/good/a.json", "file")],
+        }
+        if path == "top/bad":
+            raise OSError("connection reset by peer")
+        if path not in listed:
+            raise FileNotFoundError(path)
+        return [{"name": name, "type": kind, "size": 1} for name, kind in listed[path]]
+
+
+class AsyncTree(AsyncFileSystem):  # type: ignore[misc]
+    protocol = "asynctree"
+
+    async def _ls(self, path: str, detail: bool = True, **_: Any) -> list[dict[str, Any]]:
+        return Tree().ls(path)
+
+
+@pytest.mark.parametrize("kind", [Tree, AsyncTree])
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(kind: Any) -> None:
+    register_implementation(kind.protocol, kind, clobber=True)
+    store = Store(f"{kind.protocol}://top", deadline_s=0.3)
+    assert store.list("good") == ["good/a.json"] and store.list("nothing") == []
+    for prefix in ("", "bad"):
+        with pytest.raises(StoreError, match="connection reset"):
+            store.list(prefix)
+    assert "top/good/a.json" in kind().find("top"), "fsspec's own way passes over it"
+
+
+def test_a_web_server_that_is_gone_is_an_error_and_not_empty() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        store = Store(f"http://127.0.0.1:{held.getsockname()[1]}/prefix", deadline_s=0.3)
+        with pytest.raises(StoreError, match="Cannot connect"):
+            store.list("checkpoints")
 
 
 def test_a_store_that_never_answers_meets_our_deadline(tmp_path: Path) -> None:

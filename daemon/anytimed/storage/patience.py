@@ -27,6 +27,9 @@ def passes(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in _ANSWERS
+    status = getattr(error, "status", None)  # of aiohttp's and Google's errors
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 429)
     # botocore, aiohttp and google have families of their own for a connection that broke; a TypeError is our mistake.
     return isinstance(error, Exception) and not isinstance(error, TypeError | ValueError | ImportError)
 

@@ -13,12 +13,13 @@ import copy
 import functools
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
 from anytimed.urls import BadAnswer
@@ -32,6 +33,9 @@ _DOWNLOAD_BYTES = 16 << 20
 """Asked for in one request: the cost of a request is small beside it, so is the memory."""
 _SLOWEST_BYTES_PER_S = 1 << 20
 """A transfer may take as much longer than the deadline as its bytes take at this rate."""
+
+_DEEPEST = 8
+"""Folders below folders that are looked into, so that a server cannot make a listing endless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +131,9 @@ class Remote:
         return Answer(lambda: bytes(self._as_os_error(future.result)), future.cancel)
 
     def walk(self, prefix: str) -> Iterator[str]:
-        """Keys of all objects below a prefix, "" for all."""
-        for path in self._call("find", f"{self._root}/{prefix}".rstrip("/") or "/"):
+        """Keys of all objects below a prefix, "" for all. A folder that cannot be listed is an error, never empty."""
+        top = f"{self._root}/{prefix}".rstrip("/") or "/"
+        for path in self._call("find", top) if _has_own_find(self.fs) else self._listed(top):
             yield path[len(self._root) :].lstrip("/")
 
     def size(self, key: str) -> int:
@@ -147,6 +152,11 @@ class Remote:
         return len(old)
 
     # --- within ---
+
+    def _listed(self, top: str) -> list[str]:
+        if isinstance(self.fs, AsyncFileSystem):
+            return self._await(_files_async, self.fs, top)  # type: ignore[no-any-return]
+        return self._as_os_error(lambda: _files(self.fs, top))  # type: ignore[no-any-return]
 
     def _at(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -182,6 +192,45 @@ class Remote:
         except Exception as error:  # noqa: BLE001 - every backend has a family of its own (botocore, aiohttp, google)
             kind = OSError if passes(error) else BadAnswer
             raise kind(f"{type(error).__name__}: {error}") from None
+
+
+def _has_own_find(fs: Any) -> bool:
+    """Whether a backend lists trees by itself. fsspec's way of its own passes over folders that cannot be listed."""
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._find is not AsyncFileSystem._find
+    return type(fs).find is not AbstractFileSystem.find
+
+
+async def _files_async(fs: Any, top: str, depth: int = 0) -> list[str]:
+    """Paths of all files below a folder, that of no file more than _DEEPEST folders down."""
+    found = []
+    for path, is_folder in _told_of(await fs._ls(top, detail=True), top):
+        if not is_folder:
+            found.append(path)
+        elif depth < _DEEPEST:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found += await _files_async(fs, path, depth + 1)
+    return found
+
+
+def _files(fs: Any, top: str, depth: int = 0) -> list[str]:
+    """The same of a backend that is not asynchronous."""
+    found = []
+    for path, is_folder in _told_of(fs.ls(top, detail=True), top):
+        if not is_folder:
+            found.append(path)
+        elif depth < _DEEPEST:
+            with contextlib.suppress(FileNotFoundError):
+                found += _files(fs, path, depth + 1)
+    return found
+
+
+def _told_of(listing: Iterable[Mapping[str, Any]], top: str) -> Iterator[tuple[str, bool]]:
+    """Path, and whether it is a folder, of what lies in `top`; some backends list the folder itself too."""
+    for info in listing:
+        path = str(info["name"]).rstrip("/")
+        if path != top.rstrip("/"):
+            yield path, info["type"] == "directory"
 
 
 def _up_to(size: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
