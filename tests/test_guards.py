@@ -20,6 +20,7 @@ import anytimed
 from anytimed import optim, registry
 from anytimed.cli import app
 from anytimed.config import Config
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (ROOT / "daemon/anytimed", ROOT / "adapters/anytimed_adapters")
@@ -106,6 +107,19 @@ def test_no_pickle_and_no_torch_load() -> None:
                 assert (node.value.id, node.attr) != ("torch", "load"), where
             elif isinstance(node, ast.keyword):
                 assert node.arg != "allow_pickle" or getattr(node.value, "value", True) is False, where
+
+
+def test_a_run_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """It costs a second of every start, and torch's optimizers import it at their first call."""
+    tiny.write_text(tmp_path / "data", 20)
+    code = (
+        "import sys; from anytimed.cli import main\n"
+        "try: main()\n"
+        "finally: print('compiler:', 'torch._dynamo' in sys.modules, 'torch.nn' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "run", str(tiny.config(tmp_path)), "--steps", "8"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "compiler: False True" in told, told
 
 
 def test_the_reader_needs_no_torch() -> None:

@@ -39,6 +39,12 @@ Member = tuple[int, Group, Sequence[Stack]]
 """A group, its index, and its stacks."""
 
 
+def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of torch's Optimizer without its decorator, which keeps the compiler from tracing into it and for that
+    imports the compiler at the first call: a second of every start."""
+    return getattr(method, "__wrapped__", method)
+
+
 class ScheduleFree(Optimizer):
     """Base of SFNorMuon, AMUSE and SFAdamW; a torch.optim.Optimizer.
 
@@ -180,7 +186,7 @@ class ScheduleFree(Optimizer):
                     f"groups of one clock share {', '.join(differing)}: found {[group[n] for n in differing]} beside "
                     f"{[other[n] for n in differing]}; set them alike, or add the group later, with a clock of its own"
                 )
-        super().add_param_group(group)
+        _plain(Optimizer.add_param_group)(self, group)
         try:
             check_parameters(group, self._walk.scratch.device if self._stacks else None, lean=self._lean)
         except ValueError:
@@ -226,6 +232,10 @@ class ScheduleFree(Optimizer):
         if callable(lr):
             lr = lr((clock.t + ahead).to(torch.float64))
         return clock.eta(lr, group["warmup_steps"], ahead=ahead)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, as torch's."""
+        _plain(Optimizer.zero_grad)(self, set_to_none)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 

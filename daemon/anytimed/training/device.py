@@ -60,7 +60,10 @@ class Device:
         if deterministic:
             # Read by cuBLAS at its first use, so it has to stand before any product runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            # As torch.use_deterministic_algorithms(True, warn_only=True), which imports the compiler to tell it so: a
+            # second of every start. The variable tells it if it is ever imported.
+            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+            torch.set_deterministic_debug_mode("warn")
             # The mode would also fill every new tensor with NaN: a debugging aid that costs a pass over memory.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
