@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -26,6 +27,16 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def _ask_for_determinism() -> None:
+    """torch.use_deterministic_algorithms(True, warn_only=True), which imports the compiler to tell it so: a second of
+    every start. Where nobody has imported it yet, a variable tells it when somebody does."""
+    if "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    else:
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+        torch.set_deterministic_debug_mode("warn")
 
 
 def host_view(tensor: Tensor) -> HostTensor:
@@ -60,10 +71,7 @@ class Device:
         if deterministic:
             # Read by cuBLAS at its first use, so it has to stand before any product runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # As torch.use_deterministic_algorithms(True, warn_only=True), which imports the compiler to tell it so: a
-            # second of every start. The variable tells it if it is ever imported.
-            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
-            torch.set_deterministic_debug_mode("warn")
+            _ask_for_determinism()
             # The mode would also fill every new tensor with NaN: a debugging aid that costs a pass over memory.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
