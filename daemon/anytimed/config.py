@@ -30,6 +30,8 @@ from anytimed.urls import is_secret, keep_secret, kept_in, public, told
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Interval = Annotated[float, Field(ge=0.001, le=1e9)]
+"""Seconds between two times of something that happens over and over: up to thirty years."""
 
 
 class Table(BaseModel):
@@ -91,7 +93,7 @@ class HoldoutTable(Table):
 class Schedule(Table):
     """When something happens. Steps are counted by the loop; seconds and cron by the wall clock."""
 
-    every_s: Seconds | None = Field(default=None, description="interval in seconds")
+    every_s: Interval | None = Field(default=None, description="interval in seconds")
     cron: str | None = Field(default=None, description='five cron fields, as in "0 * * * *"')
 
     @field_validator("cron")
@@ -142,7 +144,7 @@ class EvaluationTable(Table):
 class CommitsTable(Schedule):
     """Resumable state on the local disk."""
 
-    every_s: Seconds | None = 300.0
+    every_s: Interval | None = 300.0
     every_steps: Positive | None = None
     keep: int = Field(default=3, ge=2, description="verified commits kept")
     give_up_after_s: Seconds = Field(
@@ -150,13 +152,13 @@ class CommitsTable(Schedule):
     )
 
     verify_every_s: float = Field(
-        default=86_400.0, ge=0, description="how often kept commits are read again from the disk; 0: never"
+        default=86_400.0, ge=0, le=1e9, description="how often kept commits are read again from the disk; 0: never"
     )
     mirror_url: str | None = Field(
         default=None, min_length=1, description="fsspec URL of a second place for commits, for machines that vanish"
     )
     mirror_storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="passed to fsspec; no secrets here"
+        default_factory=dict, repr=False, description="passed to fsspec; no secrets here"
     )
     mirror_keep: int | None = Field(default=None, ge=2, description="commits kept in the mirror; default: keep")
 

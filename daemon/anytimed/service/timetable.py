@@ -53,13 +53,13 @@ def trigger(schedule: Schedule, where: str) -> BaseTrigger | None:
 
 def plan(config: Config) -> dict[str, tuple[Request, BaseTrigger | None]]:
     """What is posted when. Raises ConfigError on a bad cron line."""
-    file = str(config.path)
+    file, verify_every_s = str(config.path), config.commits.verify_every_s
     return {
         "commit": (Commit(), trigger(config.commits, f"{file}: [commits]")),
         "export": (Export(), trigger(config.exports, f"{file}: [exports]")),
         "discover": (Discover(), trigger(config.data.discover, f"{file}: [data.discover]")),
         "retain": (Retain(), trigger(RETAIN, "")),
-        "verify": (Verify(), trigger(Schedule(every_s=config.commits.verify_every_s or None), "")),
+        "verify": (Verify(), Every(max(verify_every_s, 0.001)) if verify_every_s else None),
     }
 
 
