@@ -116,7 +116,8 @@ class Learner:
         shapes = {name: p.shape for name, p in self._named.items()}
         if {name: t.shape for name, t in weights.items()} != shapes:
             return None
-        return self._evaluator.loss_at({n: t.to(self.device.torch_device) for n, t in weights.items()}, holdout)
+        held = {name: weights[name].to(p.device, p.dtype) for name, p in self._named.items()}
+        return self._evaluator.loss_at(held, holdout)
 
     # --- copies
 
