@@ -44,7 +44,8 @@ class Reader(threading.Thread):
         try:
             standing = current.stat()
         except FileNotFoundError:
-            if self.seen or current.is_symlink():
+            # Looked at again, for it may have been made just now.
+            if self.seen or (current.is_symlink() and not current.exists()):
                 self._wrong.append("current was taken away, or leads nowhere")
             return
         try:
