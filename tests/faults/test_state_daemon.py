@@ -135,7 +135,8 @@ def test_a_full_disk_does_not_end_the_daemon(tmp_path: Path, injected: Injected)
             later = watched.trains_on()
             assert later["state"] == "training" or "journal.jsonl: entry not written" in later["reason"]
             assert later["commit"] == full["commit"] and later["last_commit_age_s"] > full["last_commit_age_s"]
-            assert later["sources"]["main"]["entries"] == 600
+            # A first handful may have found room in the journal's last page; what it refused is not adopted.
+            assert 600 <= later["sources"]["main"]["entries"] < 800
             ballast.unlink()
             watched.until(lambda s: s["sources"]["main"]["entries"] == 800)
             last = watched.well_again()
