@@ -39,7 +39,7 @@ def material() -> tuple[dict[str, Any], Json]:
     source = {"place": {"entry": 3}, "records": 7, "held_out": 2, "rejected": 0, "tokens": 900}
     state = {
         "config_digest": "of this folder",
-        "position": {"journal_length": 1, "sources": {"main": source}},
+        "position": {"journal_length": 1, "block": 2, "index": 8, "sources": {"main": source}},
         "learner": {"clocks": [{"k": 5}], "skipped": 0},
     }
     return tensors, state
