@@ -35,9 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-WAITING_S = 20.0
-"""Budget of one request to a store while a person waits."""
-
 out = Console()
 err = Console(stderr=True)
 
@@ -336,6 +333,7 @@ def _run_directory(where: Path) -> Path:
 
 def _verified(where: str, progress: Callable[[int, int], None]) -> Iterator[Any]:
     """What `verify` looks at: a run directory; that and the mirror of a configuration; what lies at a URL."""
+    from anytimed.storage.pull import WAITING_S
     from anytimed.storage.store import Store
     from anytimed.storage.verify import kind_of, verify_mirror, verify_published, verify_run
 

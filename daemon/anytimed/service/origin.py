@@ -39,7 +39,7 @@ Needs = Callable[[Commit], tuple[int, str]]
 SCOPE = "data"
 TELL_EVERY_S = 5.0
 START_S = 10.0
-"""Budget of one request while looking at the mirror: a dead store must not keep a good local commit waiting."""
+"""Budget of one request while a start looks at a store: a dead one must not keep a good local commit waiting."""
 
 
 @dataclass

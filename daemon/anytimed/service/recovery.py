@@ -44,7 +44,7 @@ from anytimed.service.assembly import (
     pipeline_of,
     shape,
 )
-from anytimed.service.origin import Sources
+from anytimed.service.origin import START_S, Sources
 from anytimed.service.quarantine import Quarantine
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.exports import ExportContent, Publisher, Spool
@@ -59,9 +59,6 @@ from anytimed.training.learner import Learner
 from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
-
-START_S = 10.0
-"""Budget of one look at the published prefix during a start."""
 
 HOLDOUT_TENSOR = "holdout.tokens"
 WORLD_SIZE = 1

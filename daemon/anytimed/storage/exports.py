@@ -17,7 +17,7 @@ from anytimed.contracts import AnytimedError, CorruptError, Refused
 
 from .checkpoint_files import ExportContent
 from .lease import lease_term, since_boot_s
-from .listing import finished, folders, manifest_key, read_published
+from .listing import folders, manifest_key, published_ids, read_published
 from .manifest import (
     CHECKPOINTS,
     MANIFEST_BYTES,
@@ -127,7 +127,7 @@ class Publisher:
         except StoreError as error:  # not every key may list them, and not every server can
             log.warning("unfinished uploads are not swept: %s", error)
         latest = self.pointer("latest.json")
-        ids = self._ids()
+        ids = published_ids(self._store)
         if latest is not None and latest.id not in ids:
             log.warning("%s: latest.json names %s, which is not there", self._store.url, latest.id)
             latest = None
@@ -146,7 +146,7 @@ class Publisher:
     def latest(self) -> Manifest | None:
         """The manifest of the newest checkpoint that can be read; None where nothing is published. Raises
         StoreError."""
-        for ident in self._ids():
+        for ident in published_ids(self._store):
             if self._manifest_bytes(ident) is not None:
                 return self._known[ident]
         return None
@@ -282,10 +282,6 @@ class Publisher:
         except CorruptError as error:
             log.warning("%s; it is written anew", error)
             return None
-
-    def _ids(self) -> list[str]:
-        """Ids that have a manifest, newest first."""
-        return [str(ident) for ident in finished(folders(self._store, CHECKPOINTS))]
 
     def _manifest_bytes(self, ident: str, *, cached: bool = False) -> bytes | None:
         """The stored manifest, remembered in `_known`; None where it is gone, unreadable, or (`cached`) known

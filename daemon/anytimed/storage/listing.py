@@ -31,6 +31,11 @@ def finished(found: Mapping[CheckpointId, Sequence[str]], manifest: str = MANIFE
     return sorted((ident for ident, names in found.items() if manifest in names), key=lambda i: i.order, reverse=True)
 
 
+def published_ids(store: Store) -> list[str]:
+    """Ids of the published checkpoints, newest first. Raises StoreError."""
+    return [str(ident) for ident in finished(folders(store, CHECKPOINTS))]
+
+
 def manifest_key(ident: CheckpointId | str) -> str:
     """Where a published checkpoint's manifest stands."""
     return f"{CHECKPOINTS}/{ident}/{MANIFEST_NAME}"

@@ -17,8 +17,8 @@ from typing import Any
 
 from anytimed.contracts import ConfigError, CorruptError, Refused
 
-from .listing import finished, folders, read_published
-from .manifest import CHECKPOINTS, POINTER_BYTES, CheckpointId, Manifest, Pointer
+from .listing import published_ids, read_published
+from .manifest import POINTER_BYTES, CheckpointId, Manifest, Pointer
 from .partial import Progress
 from .ranges import Budget
 from .store import MissingKey, Store
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _LOOKS = 12
 """How often one pull asks which checkpoint is the newest before it gives up."""
-_DEADLINE_S = 20.0
+WAITING_S = 20.0
 """Budget of one request, retries included: whoever pulls is waiting. Ranges of files have a budget of their own."""
 _TRIES = 2
 """How often a checkpoint is tried whose bytes are wrong or missing: one bad transfer is likely, the same twice is
@@ -46,7 +46,7 @@ class Pulled:
 
 def latest(url: str, storage_options: Mapping[str, Any] | None = None) -> Manifest:
     """The newest published checkpoint. Raises MissingKey where nothing is published, CorruptError, StoreError."""
-    store = Store(url, storage_options, deadline_s=_DEADLINE_S)
+    store = Store(url, storage_options, deadline_s=WAITING_S)
     gone: set[str] = set()
     while True:
         ident, sha256 = _newest(store, gone)
@@ -58,11 +58,11 @@ def latest(url: str, storage_options: Mapping[str, Any] | None = None) -> Manife
 
 def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None) -> list[Manifest]:
     """All published checkpoints, newest first; those whose manifest cannot be read are logged and left out."""
-    store = Store(url, storage_options, deadline_s=_DEADLINE_S)
+    store = Store(url, storage_options, deadline_s=WAITING_S)
     found = []
-    for ident in map(str, finished(folders(store, CHECKPOINTS))):
+    for ident in published_ids(store):
         try:
-            found.append(read_published(store, ident, None)[0])
+            found.append(read_published(store, ident)[0])
         except (MissingKey, CorruptError) as error:
             log.warning("%s", error)
     return found
@@ -86,7 +86,7 @@ def pull(
     another run, NewerFormat, ConfigError on a bad id, AnytimedError on a local failure such as a full disk,
     StoreError.
     """
-    store, target, budget = Store(url, storage_options, deadline_s=_DEADLINE_S), Target(Path(to)), Budget()
+    store, target, budget = Store(url, storage_options, deadline_s=WAITING_S), Target(Path(to)), Budget()
     bad: dict[str, str] = {}
     gone: set[str] = set()
     tried: dict[str, int] = {}
@@ -168,7 +168,7 @@ def _newest(store: Store, passed_over: AbstractSet[str]) -> tuple[str, str | Non
     pointer = _pointed(store, "latest.json")
     if pointer is not None and pointer.id not in passed_over:
         return pointer.id, pointer.manifest_sha256
-    for ident in map(str, finished(folders(store, CHECKPOINTS))):
+    for ident in published_ids(store):
         if ident not in passed_over:
             return ident, None
     raise MissingKey(f"{store.url}: no checkpoint is published here")

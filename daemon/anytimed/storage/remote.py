@@ -13,7 +13,7 @@ import copy
 import functools
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,7 +133,7 @@ class Remote:
     def walk(self, prefix: str) -> Iterator[str]:
         """Keys of all objects below a prefix, "" for all. A folder that cannot be listed is an error, never empty."""
         top = f"{self._root}/{prefix}".rstrip("/") or "/"
-        for path in self._call("find", top) if _has_own_find(self.fs) else self._listed(top):
+        for path in self._call("find", top) if _has_own_find(self.fs) else self._files(top):
             yield path[len(self._root) :].lstrip("/")
 
     def size(self, key: str) -> int:
@@ -153,10 +153,17 @@ class Remote:
 
     # --- within ---
 
-    def _listed(self, top: str) -> list[str]:
-        if isinstance(self.fs, AsyncFileSystem):
-            return self._await(_files_async, self.fs, top)  # type: ignore[no-any-return]
-        return self._as_os_error(lambda: _files(self.fs, top))  # type: ignore[no-any-return]
+    def _files(self, top: str, depth: int = 0) -> Iterator[str]:
+        """Paths of all files below a folder, that of no file more than _DEEPEST folders down."""
+        for info in self._call("ls", top, detail=True):
+            path = str(info["name"]).rstrip("/")
+            if path == top.rstrip("/"):  # some backends list the folder itself too
+                continue
+            if info["type"] != "directory":
+                yield path
+            elif depth < _DEEPEST:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    yield from self._files(path, depth + 1)
 
     def _at(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -199,38 +206,6 @@ def _has_own_find(fs: Any) -> bool:
     if isinstance(fs, AsyncFileSystem):
         return type(fs)._find is not AsyncFileSystem._find
     return type(fs).find is not AbstractFileSystem.find
-
-
-async def _files_async(fs: Any, top: str, depth: int = 0) -> list[str]:
-    """Paths of all files below a folder, that of no file more than _DEEPEST folders down."""
-    found = []
-    for path, is_folder in _told_of(await fs._ls(top, detail=True), top):
-        if not is_folder:
-            found.append(path)
-        elif depth < _DEEPEST:
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                found += await _files_async(fs, path, depth + 1)
-    return found
-
-
-def _files(fs: Any, top: str, depth: int = 0) -> list[str]:
-    """The same of a backend that is not asynchronous."""
-    found = []
-    for path, is_folder in _told_of(fs.ls(top, detail=True), top):
-        if not is_folder:
-            found.append(path)
-        elif depth < _DEEPEST:
-            with contextlib.suppress(FileNotFoundError):
-                found += _files(fs, path, depth + 1)
-    return found
-
-
-def _told_of(listing: Iterable[Mapping[str, Any]], top: str) -> Iterator[tuple[str, bool]]:
-    """Path, and whether it is a folder, of what lies in `top`; some backends list the folder itself too."""
-    for info in listing:
-        path = str(info["name"]).rstrip("/")
-        if path != top.rstrip("/"):
-            yield path, info["type"] == "directory"
 
 
 def _up_to(size: int, chunks: Iterator[bytes]) -> Iterator[bytes]:

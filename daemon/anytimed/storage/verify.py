@@ -21,7 +21,7 @@ from anytimed.contracts import AnytimedError, CorruptError, Json, Refused
 from .commit import MANIFEST, NAME, Damaged, read_commit
 from .durable import digest_of
 from .journal import check_lines
-from .listing import finished, folders, manifest_key, read_published
+from .listing import finished, folders, manifest_key, published_ids, read_published
 from .manifest import (
     CHECKPOINTS,
     MANIFEST_BYTES,
@@ -182,7 +182,7 @@ def verify_published(store: Store, meter: Meter | None = None) -> Iterator[Check
     found: dict[str, bytes] = {}
     problems: dict[str, Problem] = {}
     manifests: list[Manifest] = []
-    for ident in map(str, finished(folders(store, CHECKPOINTS))):
+    for ident in published_ids(store):
         try:
             manifest, found[ident] = read_published(store, ident)
             manifests.append(manifest)
