@@ -50,7 +50,7 @@ def training_part(
         module.zero_grad(set_to_none=True)
         for _ in range(micro_batches):
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                loss = adapter.loss(module, batch) / (micro_batches * micro_batch * length)
+                loss = adapter.losses(module, batch).sum() / (micro_batches * micro_batch * length)
             loss.backward()  # type: ignore[no-untyped-call]
 
     told("forward and backward")

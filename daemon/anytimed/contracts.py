@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,10 +66,25 @@ class CorruptError(AnytimedError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One document of a source. `digest` is the SHA-256 (hex) of its content, and chooses the hold-out."""
+    """One document of a source. `digest` is the SHA-256 (hex) of its content, and chooses the hold-out.
+
+    tokens: of a source that is tokenized already, shape (n,), trained on as they are (its own end token included);
+    `text` is empty then."""
 
     text: str
     digest: str
+    tokens: Tokens | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Record):
+            return NotImplemented
+        same = (self.text, self.digest) == (other.text, other.digest)
+        if self.tokens is None or other.tokens is None:
+            return same and self.tokens is other.tokens
+        return same and np.array_equal(self.tokens, other.tokens)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,15 +293,16 @@ class Snapshot:
 class Stream(Protocol):
     """One source of records in a deterministic order.
 
-    The stream keeps a list of entries (files, spans of files, topics). It grows only by `adopt`, in the order of the
-    journal; `discover` merely says what could be added, so that a resume sees the same list at the same draw.
+    The stream keeps a list of entries (spans of files, spans of a partition's offsets). It grows only by `adopt`, in
+    the order of the journal; `discover` merely says what could be added, so that a resume sees the same list at the
+    same draw. An entry is any JSON value, and short: there may be millions.
     """
 
-    def discover(self) -> list[Json]:
+    def discover(self) -> list[Any]:
         """New entries beyond the adopted ones, in the order to adopt them. Raises StreamUnavailable, or Refused where
         data already read has changed."""
 
-    def adopt(self, entries: Sequence[Json]) -> None:
+    def adopt(self, entries: Sequence[Any]) -> None:
         """Append entries, as `discover` gave them, to the list."""
 
     def read(self, place: Json | None) -> Iterator[tuple[Record | Rejected | Finished, Json]]:
@@ -298,7 +314,24 @@ class Stream(Protocol):
         Raises Refused naming the entry that was rewritten."""
 
     def lag(self, place: Json | None) -> int:
-        """Bytes adopted and not yet read, after `place`."""
+        """Bytes (records, where bytes are not known) adopted and not yet read, after `place`."""
+
+
+@runtime_checkable
+class Acknowledging(Protocol):
+    """A stream whose source keeps records until it is told that they are no longer needed: brokers, the inbox."""
+
+    def acknowledge(self, place: Json) -> None:
+        """No commit that is kept resumes before `place`. Called between two reads, again after a restart, and never
+        with an earlier place. Raises StreamUnavailable; the next commit tries again."""
+
+
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """A stream that keeps files of its own in the run directory."""
+
+    def use_folder(self, folder: Path) -> None:
+        """Called once, before anything else, with a folder that is the source's own; it need not exist yet."""
 
 
 class Tokenizer(Protocol):
@@ -327,9 +360,12 @@ class Model(Protocol):
     def build(self, vocab_size: int, *, device: str = "cpu") -> torch.nn.Module:
         """The module with freshly drawn weights (torch's global generator), or on `meta` without any."""
 
-    def loss(self, module: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        """Summed next-token loss in nats and float32, 0-d. tokens: (batch, length + 1), int64; -100 marks targets that
-        do not count."""
+    def losses(
+        self, module: Callable[..., torch.Tensor], tokens: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Next-token losses in nats and float32, (batch, length). tokens: (batch, length + 1), int64; -100 marks
+        targets that do not count, their loss is 0. documents: (batch, length), int32, ascending in a row: a token
+        attends to tokens of its own document only, and positions begin anew in each; None: one document a row."""
 
     def roles(self, module: torch.nn.Module) -> Mapping[str, Role]:
         """The role of every trainable parameter, by the name that `named_parameters()` gives it."""

@@ -25,13 +25,15 @@ class AuditedLlama(LlamaModel):
 
     _file = -1
 
-    def loss(self, module: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, module: Callable[..., torch.Tensor], tokens: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if torch.is_grad_enabled():  # an evaluation does not train
             if self._file < 0:
                 name = f"{time.time_ns()}-{os.getpid()}"
                 self._file = os.open(Path(os.environ["AUDIT"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(self._file, tokens.numpy().astype("<i2").tobytes())
-        return super().loss(module, tokens)
+        return super().losses(module, tokens, documents)
 
 
 def installed(folder: Path) -> dict[str, str]:

@@ -69,10 +69,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
         undisturbed.step(batch(number))
         if number in (0, 3):
             before, clocks = state(disturbed), disturbed.optimizer.clock_state()
-            loss = disturbed.model.loss
-            disturbed.model.loss = lambda *at, loss=loss: loss(*at) * float("nan")  # type: ignore[method-assign]
+            losses = disturbed.model.losses
+            disturbed.model.losses = lambda *at, losses=losses: losses(*at) * float("nan")  # type: ignore[method-assign]
             disturbed.step(batch(99))
-            disturbed.model.loss = loss  # type: ignore[method-assign]
+            disturbed.model.losses = losses  # type: ignore[method-assign]
             assert same(before, state(disturbed))
             assert disturbed.optimizer.clock_state() == clocks
     reports = disturbed.reports()
@@ -143,7 +143,7 @@ def test_evaluation_uses_x_y_and_z_and_leaves_the_parameters_alone() -> None:
                 other.module.named_parameters(), one.module.named_parameters(), strict=True
             ):
                 mine.copy_(one.optimizer.state[theirs][which])
-            expected = float(other.model.loss(other.module, tokens)) / (3 * 29)
+            expected = float(other.model.losses(other.module, tokens).sum()) / (3 * 29)
         assert loss == pytest.approx(expected, rel=1e-5), which  # other batches of the same sum
     assert len({found.loss_x, found.loss_y, found.loss_z}) == 3
     assert one.evaluate(Holdout()) is None

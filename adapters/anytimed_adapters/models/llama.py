@@ -188,10 +188,11 @@ class LlamaModel:
                     nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.settings.layers) if residual else 0.02)
         return module
 
-    def loss(self, module: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    def losses(self, module: Callable[..., Tensor], tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         targets = tokens[:, 1:]
         logits = module(tokens[:, :-1].clamp(min=0))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        flat = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return flat.view(targets.shape)
 
     def roles(self, module: nn.Module) -> Mapping[str, Role]:
         found: dict[str, Role] = {}

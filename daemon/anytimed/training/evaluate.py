@@ -77,5 +77,5 @@ class Evaluator:
         total = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
         with self._device.autocast():
             for tokens in self._batches:
-                total += self._model.loss(run, tokens)
+                total += self._model.losses(run, tokens).sum()
         return total

@@ -63,7 +63,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for part in torch.split(tokens, self._micro or len(tokens)):
             with self.device.autocast():
-                mean = self.model.loss(self._forward, part) / targets
+                mean = self.model.losses(self._forward, part).sum() / targets
             mean.backward()  # type: ignore[no-untyped-call]
             loss = loss + mean.detach()
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
@@ -81,7 +81,7 @@ class Learner:
         the gradient of a batch of zeros is dropped."""
         zeros = torch.zeros(self._micro or batch_size, self._length + 1, dtype=torch.long)
         with self.device.autocast():
-            loss = self.model.loss(self._forward, zeros.to(self.device.torch_device))
+            loss = self.model.losses(self._forward, zeros.to(self.device.torch_device)).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
 
