@@ -31,6 +31,7 @@ HORIZON = re.compile(
 )
 ALLOWED = {
     "data.holdout.max_tokens": "the size of the hold-out",
+    "sources.passes": "how often a source that has ended is read, while the training goes on",
     "cli run --steps": "the limit for demos and tests",
     "cli prove --steps": "the length of a proof",
     "cli sample --tokens": "the length of a sample",

@@ -78,8 +78,28 @@ class ModelTable(AdapterTable):
 
 class SourceTable(AdapterTable):
     weight: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="share of the draws, relative to the others"
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="share of the draws, relative to the others; 0: it takes no part, and stays where it is",
     )
+    when_dry: Literal["wait", "others", "replay"] = Field(
+        default="wait",
+        description="a draw that finds nothing: wait for data, fall to the others, or read the source again",
+    )
+    passes: int = Field(default=1, ge=1, description='how often when_dry = "replay" reads the source in all')
+    rejected_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="the source is read no further while more of its records are unreadable"
+    )
+    rejected_records: int = Field(default=1000, ge=0, description="and more than this many")
+
+    @model_validator(mode="after")
+    def _passes(self) -> SourceTable:
+        if self.when_dry == "replay" and self.passes < 2:
+            raise ValueError('passes: at least 2 with when_dry = "replay", the first one included')
+        if self.when_dry != "replay" and self.passes != 1:
+            raise ValueError('passes: only with when_dry = "replay"')
+        return self
 
 
 class HoldoutTable(Table):
@@ -131,9 +151,29 @@ class DataTable(Table):
 
 
 class TrainingTable(Table):
+    steered_memory: bool = Field(
+        default=True, description="where y does better than x on the hold-out, x forgets half of what it averages over"
+    )
     clip_grad_norm: float = Field(
         default=1.0, ge=0, description="global norm the gradient is clipped to; 0: not clipped"
     )
+
+
+class GuardTable(Table):
+    """What is done when the training does not go well."""
+
+    window_steps: int = Field(default=128, ge=8, description="of the losses that a spike is measured by")
+    sigma: float = Field(default=6.0, gt=0, description="a loss beyond so many standard deviations is a spike")
+    skipped_steps: int = Field(
+        default=3, ge=0, description="so many steps in a window that are not finite: back to a commit; 0: never"
+    )
+    spike_steps: int = Field(
+        default=0,
+        ge=0,
+        description="so many spikes in a window: back to a commit; 0: never, a change of data spikes too",
+    )
+    rollbacks: int = Field(default=3, ge=0, description="how often within `rollback_batches`; then the run stops")
+    rollback_batches: Positive = Field(default=10_000, description="batches that the budget counts over")
 
 
 class EvaluationTable(Table):
@@ -221,6 +261,7 @@ class Config(Table):
     sources: dict[str, SourceTable] = Field(min_length=1)
     optimizer: AdapterTable
     training: TrainingTable = TrainingTable()
+    guard: GuardTable = GuardTable()
     evaluation: EvaluationTable = EvaluationTable()
     commits: CommitsTable = CommitsTable()
     exports: ExportsTable
@@ -235,6 +276,13 @@ class Config(Table):
         for name in value:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
                 raise ValueError(f"source name {name!r}: letters, digits, '-' and '_', at most 64")
+        return value
+
+    @field_validator("sources")
+    @classmethod
+    def _weights(cls, value: dict[str, SourceTable]) -> dict[str, SourceTable]:
+        if not any(table.weight > 0 for table in value.values()):
+            raise ValueError("every weight is 0: at least one source has to be drawn from")
         return value
 
     @property

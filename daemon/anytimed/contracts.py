@@ -104,24 +104,46 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceRule:
+    """How a source takes part in a mixture.
+
+    weight: share of the draws, relative to the others. when_dry: what a draw does that finds nothing to read: wait for
+    data, fall to the `others`, or `replay` the source from its beginning until it has been read `passes` times, and
+    wait then. The source is read no further while more than `rejected_records` of its records and more than the
+    fraction `rejected_fraction` of them could not be read. `reads`: adapter and settings, without credentials; all but
+    `url`, where it lies, make the source the one it is."""
+
+    weight: float
+    when_dry: Literal["wait", "others", "replay"] = "wait"
+    passes: int = 1
+    rejected_fraction: float = 0.01
+    rejected_records: int = 1000
+    reads: Json = field(default_factory=dict)
+
+    def to_json(self) -> Json:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @staticmethod
+    def from_json(value: Json) -> SourceRule:
+        return SourceRule(**value)
+
+
+@dataclass(frozen=True, slots=True)
 class SourcePosition:
-    """Where one source stands. `place` is the adapter's own JSON (None before the first record); the rest are
-    counts."""
+    """Where one source stands. `place` is the adapter's own JSON (None before the first record); then come counts, the
+    number of the pass (from 1), whether it is left out for want of data, and what it `reads` (SHA-256, hex)."""
 
     place: Json | None = None
     records: int = 0
     held_out: int = 0
     rejected: int = 0
     tokens: int = 0
+    turn: int = 1
+    dry: bool = False
+    reads: str = ""
 
     def to_json(self) -> Json:
-        return {
-            "place": self.place,
-            "records": self.records,
-            "held_out": self.held_out,
-            "rejected": self.rejected,
-            "tokens": self.tokens,
-        }
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @staticmethod
     def from_json(value: Json) -> SourcePosition:
@@ -139,15 +161,18 @@ class HeldRecord:
 
 @dataclass(frozen=True, slots=True)
 class Holdout:
-    """The hold-out in force, oldest record first. Losses are compared only at equal `digest`."""
+    """The hold-out in force, oldest record first, and by source the weights of the mixture in force, by which its
+    losses are weighed. Losses are compared only at equal `digest`."""
 
     records: tuple[HeldRecord, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over sources, record digests and kept lengths; the version of this hold-out."""
+        """SHA-256 (hex) over sources, record digests, kept lengths and weights; the version of this hold-out."""
         told = [[r.source, r.digest, int(r.tokens.size)] for r in self.records]
-        return hashlib.sha256(json.dumps(told, separators=(",", ":")).encode()).hexdigest()
+        weighed = [told, dict(sorted(self.weights.items()))]
+        return hashlib.sha256(json.dumps(weighed, separators=(",", ":")).encode()).hexdigest()
 
     def to_arrays(self) -> tuple[Tokens, list[Json]]:
         """All tokens in one flat array, shape (sum n,), and what says where each record starts."""
@@ -157,33 +182,36 @@ class Holdout:
         ]
 
     @staticmethod
-    def from_arrays(flat: Tokens, index: Sequence[Json]) -> Holdout:
-        """The inverse of `to_arrays`."""
+    def from_arrays(flat: Tokens, index: Sequence[Json], weights: Mapping[str, float]) -> Holdout:
+        """The inverse of `to_arrays`, given the weights."""
         records, at = [], 0
         for item in index:
             records.append(HeldRecord(item["source"], item["digest"], flat[at : at + item["length"]].copy()))
             at += item["length"]
         if at != flat.size:
             raise CorruptError(f"hold-out: {flat.size} tokens stored, {at} described; the commit is damaged")
-        return Holdout(tuple(records))
+        return Holdout(tuple(records), dict(weights))
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where the stream resumes: the start of a shuffle block and the number of its sequences already used.
 
-    All but `index` describe the block's start: what of the journal was in effect, the next draw, every source's place,
-    the tokens that were left over in the packer, and the hold-out before the block was read. Resuming re-reads one
-    block."""
+    All but `index` and `batches` describe the block's start: what of the journal was in effect, the mixture (by source;
+    empty before the first), the next draw, the place of every source that was ever in it, the tokens left over in the
+    packer with runs of [source, tokens], and the hold-out before the block was read. Resuming re-reads one block.
+    `batches` counts those handed out before."""
 
     journal_length: int = 0
     journal_digest: str = ""
-    mixture: str = ""
+    mixture: Mapping[str, SourceRule] = field(default_factory=dict)
     draw: int = 0
     block: int = 0
     index: int = 0
+    batches: int = 0
     sources: Mapping[str, SourcePosition] = field(default_factory=dict)
     remainder: Tokens = field(default_factory=lambda: np.zeros(0, np.int32))
+    runs: tuple[tuple[str, int], ...] = ()
     holdout: Holdout = field(default_factory=Holdout)
 
     def to_json(self) -> Json:
@@ -191,11 +219,13 @@ class Position:
         return {
             "journal_length": self.journal_length,
             "journal_digest": self.journal_digest,
-            "mixture": self.mixture,
+            "mixture": mixture_to_json(self.mixture),
             "draw": self.draw,
             "block": self.block,
             "index": self.index,
+            "batches": self.batches,
             "sources": {name: s.to_json() for name, s in sorted(self.sources.items())},
+            "runs": [list(run) for run in self.runs],
             "remainder": base64.b64encode(self.remainder.astype("<i4").tobytes()).decode(),
             "holdout": self.holdout.digest,
         }
@@ -209,27 +239,49 @@ class Position:
         return Position(
             journal_length=value["journal_length"],
             journal_digest=value["journal_digest"],
-            mixture=value["mixture"],
+            mixture=mixture_from_json(value["mixture"]),
             draw=value["draw"],
             block=value["block"],
             index=value["index"],
+            batches=value["batches"],
+            runs=tuple((str(name), int(count)) for name, count in value["runs"]),
             sources={name: SourcePosition.from_json(s) for name, s in value["sources"].items()},
             remainder=remainder,
             holdout=holdout,
         )
 
 
+def mixture_to_json(mixture: Mapping[str, SourceRule]) -> Json:
+    """Rules by source, in the order of their names."""
+    return {name: mixture[name].to_json() for name in sorted(mixture)}
+
+
+def mixture_from_json(value: Json) -> dict[str, SourceRule]:
+    """The inverse of `mixture_to_json`."""
+    return {name: SourceRule.from_json(rule) for name, rule in value.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """tokens: (batch, sequence_length + 1), inputs and the targets one to the right.
+    """tokens: (batch, sequence_length + 1), inputs and the targets one to the right. labels: (batch, sequence_length),
+    for each target the index in `sources` of where it came from.
 
-    `position` resumes after this batch. `holdout` is the one in force while it is trained on. `read` says per source
-    how far reading has come at the end of this batch's block: the span of everything the model can have seen."""
+    `position` resumes after this batch. `holdout` is the one in force while it is trained on, and `mixture` the rules
+    by which it was drawn. `read` says per source how far reading has come at the end of this batch's block: the span of
+    everything the model can have seen."""
 
     tokens: NDArray[np.int32]
+    labels: NDArray[np.int16]
+    sources: tuple[str, ...]
     position: Position
     holdout: Holdout
+    mixture: Mapping[str, SourceRule]
     read: Mapping[str, SourcePosition]
+
+    @property
+    def number(self) -> int:
+        """Of this batch in the stream, from 1."""
+        return self.position.batches
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -237,21 +289,22 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did, on the host. `skipped`: loss or gradient was not finite and nothing was changed."""
+    """What one step did, on the host. `batch`: the number of its batch. `skipped`: loss or gradient was not finite and
+    nothing was changed. `by_source`: the batch's targets, and the sum of their losses in nats before it was trained
+    on."""
 
     step: int
+    batch: int
     loss: float
     grad_norm: float
     skipped: bool
+    by_source: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Mean loss in nats per token on one hold-out, at the averaged weights x, the gradient point y, the fast iterate
-    z."""
+class SourceLosses:
+    """Mean losses of one source's held-out records, in nats per token."""
 
-    step: int
-    holdout: str
     tokens: int
     loss_x: float
     loss_y: float
@@ -260,9 +313,28 @@ class Evaluation:
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in self.__slots__}
 
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Loss in nats per token on one hold-out, at the averaged weights x, the gradient point y, the fast iterate z: the
+    means of the sources, weighed as the mixture in force weighs them (those without a held-out record left out)."""
+
+    step: int
+    holdout: str
+    tokens: int
+    loss_x: float
+    loss_y: float
+    loss_z: float
+    by_source: dict[str, SourceLosses] = field(default_factory=dict)
+
+    def to_json(self) -> Json:
+        by_source = {name: losses.to_json() for name, losses in self.by_source.items()}
+        return {**{name: getattr(self, name) for name in self.__slots__}, "by_source": by_source}
+
     @staticmethod
     def from_json(value: Json) -> Evaluation:
-        return Evaluation(**value)
+        by_source = {name: SourceLosses(**losses) for name, losses in value["by_source"].items()}
+        return Evaluation(**{**value, "by_source": by_source})
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +396,14 @@ class Acknowledging(Protocol):
     def acknowledge(self, place: Json) -> None:
         """No commit that is kept resumes before `place`. Called between two reads, again after a restart, and never
         with an earlier place. Raises StreamUnavailable; the next commit tries again."""
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A stream that holds a connection or threads."""
+
+    def close(self) -> None:
+        """Let go of them; nothing is read any more."""
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anytimed.contracts import ConfigError, Holdout
+from anytimed.contracts import ConfigError, Holdout, SourceRule
 from anytimed.data.holdout import HoldoutKeeper
 from anytimed.data.mixture import Mixture
 from anytimed.data.packer import Packer
@@ -20,8 +21,12 @@ from anytimed.data.shuffle import permutation
 # --- mixture ----------------------------------------------------------------------------------------------------------
 
 
+def mixed(weights: Mapping[str, float], seed: int) -> Mixture:
+    return Mixture({name: SourceRule(weight) for name, weight in weights.items()}, seed)
+
+
 def test_draws_follow_the_weights() -> None:
-    mixture = Mixture({"b": 3.0, "a": 1.0, "never": 0.0}, seed=3)
+    mixture = mixed({"b": 3.0, "a": 1.0}, seed=3)
     counts = Counter(mixture.pick(draw) for draw in range(20_000))
     assert set(counts) == {"a", "b"}
     # 5000 expected, standard deviation sqrt(20000 * 0.25 * 0.75) = 61: six of them
@@ -29,27 +34,28 @@ def test_draws_follow_the_weights() -> None:
 
 
 def test_a_draw_depends_on_seed_and_number_only_and_stays_what_it_is() -> None:
-    picked = "".join(Mixture({"b": 1, "a": 1}, seed=1).pick(draw) for draw in range(24))
+    picked = "".join(mixed({"b": 1, "a": 1}, seed=1).pick(draw) for draw in range(24))
     # pinned: runs that exist would read other data if this changed
     assert picked == "babbabaabaabbbbbababbbaa"
-    assert picked != "".join(Mixture({"a": 1, "b": 1}, seed=2).pick(draw) for draw in range(24))
-    assert "".join(Mixture({"a": 1, "b": 1}, seed=1 + (1 << 64)).pick(draw) for draw in range(24)) == picked
+    assert picked != "".join(mixed({"a": 1, "b": 1}, seed=2).pick(draw) for draw in range(24))
+    assert "".join(mixed({"a": 1, "b": 1}, seed=1 + (1 << 64)).pick(draw) for draw in range(24)) == picked
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": -1.0}, {"a": float("nan")}, {"a": float("inf")}])
 def test_weights_that_cannot_be_drawn_from_are_a_configuration_error(weights: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        Mixture(weights, seed=0)
+        mixed(weights, seed=0)
 
 
-def test_a_mixture_says_how_it_differs_from_the_one_of_a_position() -> None:
-    old = Mixture({"a": 1, "b": 2, "c": 3}, seed=0)
-    old.require(Mixture({"c": 3.0, "b": 2.0, "a": 1.0}, seed=9).version)
-    with pytest.raises(ConfigError) as error:
-        Mixture({"a": 1, "b": 4, "d": 3}, seed=0).require(old.version)
-    for told in ("'d' is new", "'c' is gone", "'b' has weight 4.0, was 2.0"):
-        assert told in str(error.value)
-    assert "'a'" not in str(error.value)
+def test_a_source_that_is_left_out_leaves_its_draws_to_the_others_and_comes_back() -> None:
+    mixture, without = (mixed({"a": 1.0, "b": 1.0, "c": 2.0}, seed=1) for _ in range(2))
+    without.leave_out(frozenset("c"))
+    counts = Counter(without.pick(draw) for draw in range(20_000))
+    assert set(counts) == {"a", "b"}
+    assert abs(counts["a"] - 10_000) < 6 * 71  # standard deviation sqrt(20000 / 4)
+    without.leave_out(frozenset())
+    assert [without.pick(draw) for draw in range(99)] == [mixture.pick(draw) for draw in range(99)]
+    assert mixture.share("c") == 0.5
 
 
 # --- packer -----------------------------------------------------------------------------------------------------------
@@ -60,26 +66,36 @@ def test_every_token_is_a_target_once_wherever_the_packer_is_taken_up_again(
     length: int, documents: list[tuple[int, bool]]
 ) -> None:
     packer, at, windows = Packer(length), 0, []
+    owners: list[int] = []
+    labels: list[list[int]] = []
     for size, again in documents:
-        packer.add(np.arange(at, at + size, dtype=np.int32))
+        label = len(owners) % 3
+        packer.add(np.arange(at, at + size, dtype=np.int32), label)
+        owners += [label] * size
         at += size
         assert packer.windows == max(0, (at - 1) // length - len(windows))
-        taken = packer.take()
-        assert taken.dtype == np.int32
-        assert taken.shape[1] == length + 1
+        taken, told = packer.take()
+        assert (taken.dtype, told.dtype) == (np.int32, np.int16)
+        assert (taken.shape[1], told.shape) == (length + 1, (len(taken), length))
         windows += taken.tolist()
-        assert packer.remainder().size <= length
+        labels += told.tolist()
+        rest, runs = packer.remainder()
+        assert rest.size == sum(count for _, count in runs) <= length
         if again:
-            packer = Packer(length, packer.remainder())
+            packer, start = Packer(length), 0
+            for whose, count in runs:
+                packer.add(rest[start : start + count], whose)
+                start += count
     assert windows == [list(range(i, i + length + 1)) for i in range(0, at - length, length)]
-    assert packer.remainder().tolist() == list(range(len(windows) * length, at))
+    assert labels == [[owners[i] for i in window[1:]] for window in windows]
+    assert packer.remainder()[0].tolist() == list(range(len(windows) * length, at))
 
 
 def test_a_remainder_is_a_copy() -> None:
     packer = Packer(4)
-    packer.add(np.arange(3, dtype=np.int32))
-    packer.remainder()[:] = 9
-    assert packer.remainder().tolist() == [0, 1, 2]
+    packer.add(np.arange(3, dtype=np.int32), 0)
+    packer.remainder()[0][:] = 9
+    assert packer.remainder()[0].tolist() == [0, 1, 2]
 
 
 # --- shuffle ----------------------------------------------------------------------------------------------------------
@@ -103,7 +119,7 @@ def test_permutations_differ_by_seed_and_block_and_stay_what_they_are() -> None:
 
 
 def keeper(bound: int, start: Holdout | None = None) -> HoldoutKeeper:
-    return HoldoutKeeper(0.25, {"a": bound, "b": bound}, 8, start or Holdout())
+    return HoldoutKeeper(0.25, 2 * bound, 8, start or Holdout(weights={"a": 1.0, "b": 1.0}))
 
 
 def digest(i: int) -> str:
@@ -116,8 +132,8 @@ def test_the_fraction_of_all_digests_is_chosen() -> None:
     assert abs(chosen - 5000) < 370
     assert keeper(1).chooses("3fffffffffffffff" + "f" * 48)
     assert not keeper(1).chooses("4000000000000000" + "0" * 48)
-    assert not HoldoutKeeper(0.0, {}, 1, Holdout()).chooses("0" * 64)
-    assert HoldoutKeeper(1.0, {}, 1, Holdout()).chooses("f" * 64)
+    assert not HoldoutKeeper(0.0, 1, 1, Holdout()).chooses("0" * 64)
+    assert HoldoutKeeper(1.0, 1, 1, Holdout()).chooses("f" * 64)
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 60), st.integers(0, 12))), st.integers(1, 60))
@@ -154,3 +170,22 @@ def test_thinning_drops_the_largest_digest_of_the_older_half() -> None:
         kept.keep("a", d, np.zeros(2, np.int32))
     kept.keep("a", "e" * 64, np.zeros(2, np.int32))  # 12 tokens, one too many records
     assert [r.digest[0] for r in kept.current().records] == ["1", "2", "f", "0", "e"]
+
+
+def test_another_mixture_moves_the_bounds_and_drops_what_is_no_longer_in_it() -> None:
+    kept = keeper(20)
+    for i in range(10):
+        kept.keep("ab"[i % 2], digest(i), np.full(4, i, np.int32))
+    before = kept.current()
+    assert Counter(r.source for r in before.records) == {"a": 5, "b": 5}
+    kept.weigh({"a": 1.0, "c": 3.0})
+    after = kept.current()
+    assert {r.source for r in after.records} == {"a"}
+    assert sum(r.tokens.size for r in after.records) <= 10, "a quarter of 40"
+    assert after.weights == {"a": 1.0, "c": 3.0}
+    kept.weigh({"a": 1.0, "c": 1.0})
+    assert kept.current().records == after.records
+    assert len({before.digest, after.digest, kept.current().digest}) == 3, "losses are weighed differently"
+    kept.weigh({"b": 1.0})
+    kept.keep("b", digest(1), np.full(4, 1, np.int32))
+    assert [r.source for r in kept.current().records] == ["b"], "a source that comes back begins anew"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anytimed.contracts import AnytimedError, Batch, ConfigError, Json, Refused
+from anytimed.contracts import AnytimedError, Batch, ConfigError, Json, Refused, SourceRule
 from anytimed.data.mixture import Mixture
 from anytimed.data.pipeline import Dry, Interrupted, Pipeline
 from anytimed.data.shuffle import permutation
@@ -146,7 +146,7 @@ def test_equals_the_plain_program(tmp_path: Path) -> None:
     made = list(batches(world.pipeline(MemoryJournal())))
 
     ordered = {name: iter(sorted(world.written[name], key=lambda d: d[0])) for name in FORMATS}
-    mixture = Mixture(WEIGHTS, 7)
+    mixture = Mixture({name: SourceRule(weight) for name, weight in WEIGHTS.items()}, 7)
     flat: list[int] = []
     plain: list[list[int]] = []
     block: list[list[int]] = []
@@ -272,7 +272,7 @@ def test_a_dry_block_is_cut_once_a_poll_found_nothing_and_again_in_a_replay(tmp_
     first = pipeline.next_batch()
     assert isinstance(first, Batch)
     cut = {"kind": "block_cut", "block": 0, "draw": 1, "sequences": 3}
-    assert journal.entries("data")[1:] == [cut]
+    assert journal.entries("data")[2:] == [cut]
     dry = pipeline.next_batch()
     assert dry == Dry({"lines": "all of its 1 entries have been read"})
     assert (first.position.block, first.position.index) == (0, 2)
@@ -291,7 +291,7 @@ def test_no_block_is_cut_for_less_than_a_batch(tmp_path: Path) -> None:
     world.write("lines", "a", [24])
     journal = MemoryJournal()
     assert list(batches(world.pipeline(journal))) == []
-    assert [entry["kind"] for entry in journal.entries("data")] == ["discovered"]
+    assert [entry["kind"] for entry in journal.entries("data")] == ["mixture", "discovered"]
 
 
 def test_a_dry_source_is_waited_for_and_says_why(tmp_path: Path) -> None:
@@ -401,15 +401,11 @@ def test_what_a_start_could_not_verify_is_verified_before_it_is_read(tmp_path: P
         list(batches(resumed))
 
 
-def test_refuses_other_weights_and_sources_and_says_which(tmp_path: Path) -> None:
+def test_refuses_a_source_that_reads_something_else(tmp_path: Path) -> None:
     world, journal, made = lived_to_the_end(tmp_path)
-    position = made[0].position
-    with pytest.raises(ConfigError, match=r"source 'texts' has weight 3.0, was 1.0"):
-        world.pipeline(journal, position, weights={"lines": 2.0, "texts": 3.0})
-    only = world.streams()
-    del only["texts"]
-    with pytest.raises(ConfigError, match="source 'texts' is gone"):
-        world.pipeline(journal, position, weights={"lines": 2.0}, streams=only)
+    with pytest.raises(ConfigError, match=r"source 'texts' reads something else than before: .*another"):
+        world.pipeline(journal, made[0].position, texts={"reads": {"text_field": "another"}})
+    world.pipeline(journal, made[0].position, texts={"reads": {"url": "data that was moved"}})
 
 
 @pytest.mark.parametrize("drop", [0, 1, -1])

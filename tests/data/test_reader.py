@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from anytimed.contracts import Batch, Refused
-from anytimed.data.pipeline import Dry, Interrupted
+from anytimed.data.cursor import Interrupted
+from anytimed.data.pipeline import Dry
 from anytimed.data.reader import Reader
 from tests.data.test_pipeline import static_world
 from tests.data.world import MemoryJournal, World, batches, told

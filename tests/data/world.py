@@ -22,11 +22,14 @@ from anytimed.contracts import (
     Position,
     Record,
     Rejected,
+    SourceRule,
     Stream,
     StreamUnavailable,
     Tokens,
+    mixture_to_json,
 )
-from anytimed.data.pipeline import Dry, Pipeline
+from anytimed.data.pipeline import Pipeline
+from anytimed.data.tokenizing import InThread
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
 
@@ -120,8 +123,13 @@ class World:
         rejected: list[tuple[str, Json, Rejected]] = []
         settings: dict[str, Any] = {"quarantine": lambda *told: rejected.append(told), **self.settings, **more}
         weights = settings.pop("weights", self.weights)
+        more = {name: settings.pop(name, {}) for name in self.formats}
+        rules = {name: SourceRule(weight, **more[name]) for name, weight in weights.items()}
         streams = settings.pop("streams", None) or self.streams()
-        pipeline = Pipeline(streams, weights, NumberTokenizer(), journal, **settings)
+        tokenizer = NumberTokenizer()
+        pipeline = Pipeline(
+            rules, lambda name, reads: streams[name], tokenizer, InThread(tokenizer), journal, **settings
+        )
         pipeline.restore(stored(position) if position else Position())
         return pipeline
 
@@ -162,22 +170,22 @@ class Flaky:
 def stored(position: Position) -> Position:
     """The position as a commit gives it back."""
     flat, index = position.holdout.to_arrays()
-    holdout = Holdout.from_arrays(flat.copy(), json.loads(json.dumps(index)))
+    holdout = Holdout.from_arrays(flat.copy(), json.loads(json.dumps(index)), position.holdout.weights)
     return Position.from_json(json.loads(json.dumps(position.to_json())), holdout)
 
 
 def batches(pipeline: Pipeline) -> Iterator[Batch]:
     """All that can be made until there is nothing new, as the reader would."""
+    polled = False
     while True:
         outcome = pipeline.next_batch()
-        if isinstance(outcome, Dry):
-            if not pipeline.poll():
-                outcome = pipeline.next_batch()
-                if isinstance(outcome, Dry):
-                    return
-            else:
-                continue
-        yield outcome
+        if isinstance(outcome, Batch):
+            polled = False
+            yield outcome
+        elif (polled and pipeline.stands) or (not pipeline.poll() and not pipeline.stands):
+            return
+        else:
+            polled = True
 
 
 def told(batch: Batch) -> tuple[Any, ...]:
@@ -186,6 +194,8 @@ def told(batch: Batch) -> tuple[Any, ...]:
     before, before_index = batch.position.holdout.to_arrays()
     return (
         batch.tokens.tolist(),
+        [[batch.sources[label] for label in row] for row in batch.labels.tolist()],
+        mixture_to_json(batch.mixture),
         json.dumps(batch.position.to_json()),
         (flat.tolist(), index),
         (before.tolist(), before_index),

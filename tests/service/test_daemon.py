@@ -179,7 +179,6 @@ def test_rewritten_data_is_refused_with_3(tmp_path: Path) -> None:
         ({"model": {"hidden_size": 64}}, "model.hidden_size: 32 in the commit, 64 in the config"),
         ({"optimizer": {"type": "amuse"}}, 'optimizer.type: "sf_normuon" in the commit, "amuse" in the config'),
         ({"data": {"sequence_length": 16}}, "data.sequence_length: 32 in the commit, 16 in the config"),
-        ({"sources.more": {"type": "text", "url": "x/*.txt"}}, "sources.more: nothing in the commit"),
     ],
 )
 def test_a_config_that_does_not_fit_the_commit_is_refused_with_2(

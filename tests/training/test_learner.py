@@ -49,7 +49,8 @@ def learner(
 
 def batch(number: int, size: int = 4) -> Batch:
     tokens = np.random.default_rng(number).integers(0, VOCAB, (size, LENGTH + 1), dtype=np.int32)
-    return Batch(tokens, Position(draw=number), Holdout(), {})
+    labels = (tokens[:, 1:] % 2).astype(np.int16)
+    return Batch(tokens, labels, ("even", "odd"), Position(draw=number, batches=number), Holdout(), {}, {})
 
 
 def state(of: Learner) -> dict[str, torch.Tensor]:
@@ -116,7 +117,8 @@ def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
 
 def test_windows_make_every_token_but_the_first_a_target_once() -> None:
     records = tuple(HeldRecord("s", str(n), np.arange(n, dtype=np.int32)) for n in (1, 2, 12, 13, 14, 30))
-    rows = windows(Holdout(records), LENGTH)
+    rows, sources, names = windows(Holdout(records), LENGTH)
+    assert (names, sources.tolist()) == (("s",), [0] * len(rows))
     targets = rows[:, 1:]
     assert int((targets != IGNORED).sum()) == sum(max(r.tokens.size - 1, 0) for r in records)
     found = sorted(targets[targets != IGNORED].tolist())
@@ -135,7 +137,7 @@ def test_evaluation_uses_x_y_and_z_and_leaves_the_parameters_alone() -> None:
     assert found is not None
     assert same(before, state(one))
     assert (found.step, found.tokens, found.holdout) == (5, 3 * 29, held.digest)
-    tokens = torch.from_numpy(windows(held, LENGTH)).long()
+    tokens = torch.from_numpy(windows(held, LENGTH)[0]).long()
     for which, loss in (("x", found.loss_x), ("z", found.loss_z)):
         other = learner()
         with torch.no_grad():

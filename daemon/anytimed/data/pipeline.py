@@ -1,47 +1,49 @@
 """Records to batches: the deterministic core, synchronous and without a clock.
 
-A block is read record by record: a draw picks a source, the source's next record is held out or tokenized and packed,
-until there are at least `shuffle_block_sequences` windows (a block ends with the record that fills it, so that what
-is left in the packer is shorter than one window). Its windows are permuted and handed out in batches, which may span
-blocks.
+A block is read record by record: a draw picks a source, the source's next record is held out or packed, until there
+are at least `shuffle_block_sequences` windows (a block ends with the record that fills it, so that what is left in the
+packer is shorter than one window). Its windows are permuted and handed out in batches, which may span blocks.
 
 Every batch carries the position that resumes after it: the start of its last block and how many of its sequences are
 used. Resuming reads that block again. What reading alone does not repeat is decided once and journalled before it
-takes effect: entries that were discovered, blocks cut short by a dry stream, digests of finished entries. A replay
-takes these decisions from the journal instead, each at its draw or block, and refuses a journal that does not fit
-what it reads.
+takes effect: entries that were discovered, sources left out or read again for want of data, blocks cut short by a dry
+stream, digests of finished entries, and the mixture, which changes at the start of a block. A replay takes these
+decisions from the journal instead, each at its draw or block, and refuses a journal that does not fit what it reads.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anytimed.contracts import (
     AnytimedError,
     Batch,
-    Holdout,
     Journal,
     Json,
     Position,
-    Record,
     Refused,
     Rejected,
-    SourcePosition,
+    SourceRule,
     Stream,
     Tokenizer,
+    mixture_from_json,
 )
+from anytimed.data.blocks import Block, Blocks
+from anytimed.data.cursor import Cursor, Interrupted, Taken
 from anytimed.data.holdout import HoldoutKeeper
 from anytimed.data.mixture import Mixture
 from anytimed.data.packer import Packer
-from anytimed.data.position import Cursor, Ledger
+from anytimed.data.position import Ledger
 from anytimed.data.shuffle import permutation
+from anytimed.data.sources import ENTRIES_A_LINE, OpenStream, Sources, require_same_reads, same_mixture
+from anytimed.data.tokenizing import Tokenizing
+
+__all__ = ["Dry", "Interrupted", "Pipeline", "Quarantine"]
 
 _REMEDY = (
     "Data that had been read was rewritten, settings that say how data is read were changed, or the journal belongs to "
@@ -59,44 +61,28 @@ class Dry:
     reasons: Mapping[str, str]
 
 
-class Interrupted(Exception):
-    """`Pipeline.interrupt` was called: nothing is read or decided any more."""
-
-
 class _Undecided(Exception):
     """The journal cannot take a decision for now, so it did not take effect; it is taken again later."""
 
 
-@dataclass(slots=True)
-class _Block:
-    """A block that was read. sequences: shape (k, sequence_length + 1), in the order of use; `used` of them are
-    taken."""
-
-    start: Position
-    sequences: NDArray[np.int32]
-    used: int
-    following: Position
-    read: Mapping[str, SourcePosition]
-    holdout: Holdout
-
-    @property
-    def left(self) -> int:
-        return len(self.sequences) - self.used
+class _Unanswered(Exception):
+    """A replay needs a source that does not answer for now; its name."""
 
 
 class Pipeline:
     """Batches of a mixture of streams. Call `restore` once, first; then `next_batch` and, to find more data, `poll`.
 
-    sequence_length, holdout_max_tokens (over all sources), holdout_record_tokens (kept of one record): in tokens.
-    shuffle_block_sequences: the fewest windows of a block. holdout_fraction: of the records, in [0, 1].
-    Raises ConfigError on weights that do not fit the streams.
+    rules: of the mixture that is to be in force. sequence_length, holdout_max_tokens (over all sources),
+    holdout_record_tokens (kept of one record): in tokens. shuffle_block_sequences: the fewest windows of a block.
+    holdout_fraction: of the records, in [0, 1]. Raises ConfigError on rules that cannot be drawn by.
     """
 
     def __init__(
         self,
-        streams: Mapping[str, Stream],
-        weights: Mapping[str, float],
+        rules: Mapping[str, SourceRule],
+        open_stream: OpenStream,
         tokenizer: Tokenizer,
+        tokenizing: Tokenizing,
         journal: Journal,
         *,
         seed: int,
@@ -108,82 +94,105 @@ class Pipeline:
         holdout_record_tokens: int,
         quarantine: Quarantine,
     ) -> None:
-        assert streams.keys() == weights.keys(), (sorted(streams), sorted(weights))
-        self._streams = {name: streams[name] for name in sorted(streams)}
-        self._mixture = Mixture(weights, seed)
-        self._tokenizer = tokenizer
+        self._wanted = Mixture(rules, seed)
+        self._open_stream = open_stream
+        self._end = np.array([tokenizer.end_token], np.int32)
+        self._vocab_size = tokenizer.vocab_size
+        self._tokenizing = tokenizing
         self._journal = journal
         self._seed = seed
         self._batch_size = batch_size
         self._sequence_length = sequence_length
         self._block_sequences = shuffle_block_sequences
-        self._holdout_fraction = holdout_fraction
-        self._holdout_bounds = {name: int(holdout_max_tokens * self._mixture.share(name)) for name in self._streams}
-        self._holdout_record_tokens = holdout_record_tokens
+        self._holdout = (holdout_fraction, holdout_max_tokens, holdout_record_tokens)
         self._quarantine = quarantine
         self._stop = threading.Event()
-        self._ready: deque[_Block] = deque()
-        self._finished: dict[str, dict[str, str]] = {}
+        self._labels: dict[str, int] = {}
         self._is_dry = False
         self._nothing_new = False
         self._undecided: str | None = None
+        self._unacknowledged: dict[str, str] = {}
 
     # --- before the first batch ---------------------------------------------------------------------------------------
 
     def restore(self, position: Position) -> None:
-        """Stand at `position` (`Position()`: at the beginning). The streams must be new, with nothing adopted.
+        """Stand at `position` (`Position()`: at the beginning). Where the rules are others than those last in force,
+        they take effect at the first block that begins after the position.
 
-        Raises ConfigError when the mixture is another than the position's, Refused when the journal is, or when an
-        entry that was read has changed. A source that does not answer is asked again when it is read.
+        Raises ConfigError when a source reads something else than before, Refused when the journal is another's, or
+        when an entry that was read has changed. A source that does not answer is asked again when it is read.
         """
-        if position.mixture:
-            self._mixture.require(position.mixture)
         self._ledger = Ledger(self._journal, position)
-        adopted: dict[str, list[Json]] = {name: [] for name in self._streams}
-        finished: dict[str, dict[int, str]] = {name: {} for name in self._streams}
+        adopted: dict[str, list[Any]] = {}
+        finished: dict[str, dict[int, str]] = {}
         for entry in self._ledger.effective:
             if entry["kind"] == "discovered":
-                adopted[entry["source"]].extend(entry["entries"])
+                adopted.setdefault(entry["source"], []).extend(entry["entries"])
             elif entry["kind"] == "finished":
                 for name, digests in entry["sources"].items():
-                    finished[name].update({int(index): digest for index, digest in digests.items()})
-        self._sources = {name: position.sources.get(name, SourcePosition()) for name in self._streams}
-        self._cursors = {
-            name: Cursor(stream, self._sources[name].place, adopted[name], finished[name])
-            for name, stream in self._streams.items()
-        }
+                    finished.setdefault(name, {}).update({int(index): digest for index, digest in digests.items()})
+        self._ledger.effective = []
+        self._sources = Sources(position, adopted, finished, self._open_stream, self._cursor)
+        require_same_reads(self._wanted.rules, position.sources)
         self._draw = position.draw
         self._block = position.block
         self._skip = position.index
-        self._packer = Packer(self._sequence_length, position.remainder)
-        self._keeper = HoldoutKeeper(
-            self._holdout_fraction, self._holdout_bounds, self._holdout_record_tokens, position.holdout
-        )
-        self._start = self._here()
-        self._windows: list[NDArray[np.int32]] = []
-        self._filled, self._cut = 0, False
+        self._packer = Packer(self._sequence_length)
+        at = 0
+        for name, count in position.runs:
+            self._packer.add(position.remainder[at : at + count], self._label(name))
+            at += count
+        self._keeper = HoldoutKeeper(*self._holdout, position.holdout)
+        self._blocks = Blocks(self._batch_size, position.batches)
+        self._finished: dict[str, dict[str, str]] = {}
+        self._cut = False
+        last = self._ledger.mixtures[-1]["sources"] if self._ledger.mixtures else None
+        in_force = Mixture(position.mixture, self._seed) if position.mixture else None
+        told = last if last is not None else in_force.to_json() if in_force else None
+        self._changes = told is None or not same_mixture(told, self._wanted.to_json())
+        if in_force is not None:
+            self._sources.put_in_force(in_force)
+        self._start = self._here() if in_force is not None else position
+        self._begun = position.index > 0  # the mixture of a block that was begun does not change
 
     # --- what the owner calls -----------------------------------------------------------------------------------------
 
     def poll(self) -> int:
-        """Ask the sources for new data; journal and adopt it. The number of new entries; 0 during a replay.
+        """Ask the sources for new data; journal and adopt it. How many new entries there are, and sources that can be
+        drawn from again; 0 during a replay.
 
         A source that does not answer is passed over (`Dry` tells of it), and so is what the journal cannot take for now
         (`status` tells of it). Raises Refused where read data has changed.
         """
-        if self._replaying or self._ends:  # the end of the block stands in the journal before anything else does
-            return 0
+        if not self._begun:
+            try:
+                self._begin_block()
+            except _Undecided as error:
+                self._undecided = str(error)
+                return 0
+        if self._replaying or self._ends:
+            return 0  # the end of the block stands in the journal before anything else does
         found, undecided = 0, None
-        for name, cursor in self._cursors.items():
-            if entries := cursor.discover():
+        for name, cursor in self._sources.active():
+            entries = cursor.discover()
+            try:
+                for first in range(0, len(entries), ENTRIES_A_LINE):
+                    some = entries[first : first + ENTRIES_A_LINE]
+                    self._decide({"kind": "discovered", "draw": self._draw, "source": name, "entries": some})
+                    cursor.adopt(some)
+                    found += len(some)
+            except _Undecided as error:
+                # A full disk, say: what was not decided is found again by the next poll.
+                undecided = f"source {name}: {len(entries)} new entries wait: {error}"
+        for name in self._sources.left_out():
+            if self._sources.suspended(name) is None and self._sources.cursor(name).ready:
                 try:
-                    self._decide({"kind": "discovered", "draw": self._draw, "source": name, "entries": entries})
+                    self._decide({"kind": "back", "draw": self._draw, "source": name})
                 except _Undecided as error:
-                    # A full disk, say: what was not decided is found again by the next poll.
-                    undecided = f"source {name}: {len(entries)} new entries wait: {error}"
+                    undecided = f"source {name} can be drawn from again: {error}"
                     continue
-                cursor.adopt(entries)
-                found += len(entries)
+                self._sources.leave_out(name, dry=False)
+                found += 1
         self._undecided = undecided
         self._nothing_new = self._is_dry and not found and undecided is None
         return found
@@ -191,10 +200,11 @@ class Pipeline:
     def next_batch(self) -> Batch | Dry:
         """The next batch, or why there is none for now; then `poll` and try again.
 
-        If `poll` has just found nothing, a block whose sequences complete a batch is cut short. Raises Refused on
-        data that was rewritten, Interrupted after `interrupt`.
+        If `poll` has just found nothing, a source that has nothing is left out or read again where its rule says so,
+        and a block whose sequences complete a batch is cut short. Raises Refused on data that was rewritten,
+        Interrupted after `interrupt`.
         """
-        while sum(block.left for block in self._ready) < self._batch_size:
+        while not self._blocks.full:
             try:
                 dry = self._read_block()
             except _Undecided as error:
@@ -203,26 +213,51 @@ class Pipeline:
             if dry:
                 self._is_dry = True
                 return dry
-        return self._take_batch()
+        return self._blocks.take(tuple(self._labels))
+
+    @property
+    def stands(self) -> bool:
+        """A poll has found nothing, and what could be done about that is done: only another poll helps."""
+        return self._nothing_new
+
+    def acknowledge(self, places: Mapping[str, Json]) -> None:
+        """Tell the sources, by name, that no commit needs what lies before these places."""
+        for name, cursor in self._sources.active():
+            if name in places:
+                failed = cursor.acknowledge(places[name])
+                self._unacknowledged.pop(name, None)
+                if failed is not None:
+                    self._unacknowledged[name] = failed
+
+    def close(self) -> None:
+        """Let the sources go; by the thread that reads, last."""
+        self._sources.close()
 
     def interrupt(self) -> None:
         """Make the reading stop at the next record and decide nothing more. From any thread."""
         self._stop.set()
+        self._tokenizing.close()
 
     def status(self) -> Json:
-        """Per source: entries adopted, bytes not yet read, records; whether decisions are being replayed; `undecided`:
-        why a decision cannot take effect for now, or None."""
+        """Per source of the mixture: entries adopted, bytes not yet read, records, its rule; whether decisions are
+        being replayed; `undecided`: why a decision cannot take effect for now, or None."""
         sources: dict[str, Any] = {}
-        for name, cursor in self._cursors.items():
-            at = self._sources[name]
+        for name, cursor in self._sources.active():
+            at, rule = self._sources.tally(name).frozen(), self._sources.mixture.rules[name]
             sources[name] = {
                 "entries": cursor.entries,
-                "lag_bytes": cursor.lag_bytes(),
+                "lag_bytes": cursor.lag(),
                 "records": at.records,
                 "held_out": at.held_out,
                 "rejected": at.rejected,
                 "tokens": at.tokens,
+                "share": self._sources.mixture.share(name),
+                "when_dry": rule.when_dry,
+                "turn": at.turn,
+                "dry": at.dry,
+                "suspended": self._sources.suspended(name),
                 "unavailable": cursor.undiscovered,
+                "unacknowledged": self._unacknowledged.get(name),
             }
         return {
             "sources": sources,
@@ -236,63 +271,103 @@ class Pipeline:
 
     def _read_block(self) -> Dry | None:
         """Read on until the block is complete; None then. Goes on where a dry stream made it stop."""
+        if not self._begun:
+            self._begin_block()
         while not self._ends:
             if self._stop.is_set():
                 raise Interrupted
-            if self._replay_before_draw():
-                self._cut = True
-                break
-            name = self._mixture.pick(self._draw)
-            taken = self._cursors[name].take()
-            if taken is None:
-                if self._cut_short(name):
+            try:
+                if self._ledger.head is not None and self._replay_before_draw():
                     self._cut = True
                     break
-                return self._dry(name)
-            self._is_dry = self._nothing_new = False
-            self._consume(name, *taken)
+            except _Unanswered as source:
+                return self._dry(str(source))
+            name = self._sources.mixture.pick(self._draw)
+            taken = self._sources.take(name)
+            if taken is not None:
+                self._is_dry = self._nothing_new = False
+                self._consume(name, taken)
+                continue
+            match self._without(name):
+                case "wait":
+                    return self._dry(name)
+                case "cut":
+                    self._cut = True
         self._end_block()
         return None
 
-    def _consume(self, name: str, record: Record | Rejected, place: Json, finished: Mapping[int, str]) -> None:
-        at = self._sources[name]
-        if isinstance(record, Rejected):
-            self._quarantine(name, place, record)
-            at = replace(at, place=place, rejected=at.rejected + 1)
-        else:
-            tokens = np.append(self._tokenizer.encode(record.text), self._tokenizer.end_token).astype(np.int32)
-            if self._keeper.chooses(record.digest):
-                self._keeper.keep(name, record.digest, tokens)
-                at = replace(at, place=place, held_out=at.held_out + 1)
-            else:
-                self._packer.add(tokens)
-                at = replace(at, place=place, records=at.records + 1, tokens=at.tokens + tokens.size)
-        self._sources[name] = at
-        if finished:
-            self._finished.setdefault(name, {}).update({str(index): digest for index, digest in finished.items()})
-        self._draw += 1
-        if self._packer.windows:
-            windows = self._packer.take()
-            self._windows.append(windows)
-            self._filled += len(windows)
+    def _begin_block(self) -> None:
+        """Put in force what was decided, or is to be, for the block that begins."""
+        while (head := self._ledger.head) is not None and head["kind"] == "mixture" and not self._changes:
+            if head["block"] != self._block:
+                break
+            self._ledger.replayed()
+            self._put_in_force(Mixture(mixture_from_json(head["sources"]), self._seed))
+        if self._changes:
+            entry = {"kind": "mixture", "block": self._block, "draw": self._draw, "sources": self._wanted.to_json()}
+            self._decide(entry)
+            self._changes = False
+            self._put_in_force(self._wanted)
+        self._begun = True
 
-    def _cut_short(self, name: str) -> bool:
-        """Whether the block ends here because source `name` has nothing more: only if that completes a batch."""
+    def _put_in_force(self, mixture: Mixture) -> None:
+        self._sources.put_in_force(mixture)
+        self._keeper.weigh(mixture.weights)
+        self._start = self._here()
+
+    def _consume(self, name: str, taken: Taken) -> None:
+        tally, item = self._sources.tally(name), taken.item
+        tally.place = taken.place
+        if isinstance(item, Rejected):
+            self._quarantine(name, taken.place, item)
+            tally.rejected += 1
+        else:
+            tokens, whole = taken.tokens, taken.whole
+            assert tokens is not None, "a record that was read has tokens"
+            if self._keeper.chooses(item.digest):
+                self._keeper.keep(name, item.digest, tokens if whole else np.concatenate([tokens, self._end]))
+                tally.held_out += 1
+            else:
+                label = self._label(name)
+                self._packer.add(tokens, label)
+                if not whole:
+                    self._packer.add(self._end, label)
+                tally.records += 1
+                tally.tokens += tokens.size + (not whole)
+        if taken.finished:
+            self._finished.setdefault(name, {}).update({str(index): d for index, d in taken.finished.items()})
+        self._draw += 1
+
+    def _label(self, name: str) -> int:
+        return self._labels.setdefault(name, len(self._labels))
+
+    def _without(self, name: str) -> Literal["wait", "cut", "go on"]:
+        """Decide about a source that has nothing, by its rule: wait for it, cut the block here, or go on with another
+        source or from its beginning."""
+        cursor = self._sources.cursor(name)
         if self._replaying:
-            if self._cursors[name].exhausted:
+            if cursor.exhausted:
                 raise Refused(
                     f"source {name!r} ended at draw {self._draw} (block {self._block}), where it gave a record when "
-                    f"the run was first here: {self._cursors[name].reason}. {_REMEDY}"
+                    f"the run was first here: {cursor.reason}. {_REMEDY}"
                 )
-            return False
+            return "wait"
+        if not self._nothing_new:
+            return "wait"
+        if self._sources.may_be_replayed(name):
+            self._decide({"kind": "replayed", "draw": self._draw, "source": name})
+            self._sources.replay(name)
+            return "go on"
+        if self._sources.may_be_left_out(name):
+            self._decide({"kind": "left_out", "draw": self._draw, "source": name})
+            self._sources.leave_out(name, dry=True)
+            return "go on"
         # A source that does not answer is waited for: a replay beyond the journal's end would otherwise cut where the
         # run did not, and train other steps than those that an export may already hold.
-        if not (self._nothing_new and self._cursors[name].exhausted):
-            return False
-        if sum(block.left for block in self._ready) + self._filled < self._batch_size:
-            return False
-        self._decide({"kind": "block_cut", "block": self._block, "draw": self._draw, "sequences": self._filled})
-        return True
+        if not cursor.exhausted or not self._blocks.completes(self._packer.windows):
+            return "wait"
+        self._decide({"kind": "block_cut", "block": self._block, "draw": self._draw, "sequences": self._packer.windows})
+        return "cut"
 
     def _end_block(self) -> None:
         finished = {name: self._finished[name] for name in sorted(self._finished)}
@@ -304,32 +379,31 @@ class Pipeline:
             self._ledger.replayed()
         elif finished:
             self._decide(entry)
-        if self._skip and self._skip >= self._filled:
+        filled = self._packer.windows
+        if self._skip and self._skip >= filled:
             raise Refused(
-                f"block {self._block} has {self._filled} sequences, the commit had used {self._skip} and more were "
-                f"left. {_REMEDY}"
+                f"block {self._block} has {filled} sequences, the commit had used {self._skip} and more were left. "
+                f"{_REMEDY}"
             )
-        sequences = np.concatenate(self._windows)[permutation(self._seed, self._block, self._filled)]
+        order = permutation(self._seed, self._block, filled)
+        sequences, labels = self._packer.take()
         start, used = self._start, self._skip
         self._block += 1
         self._skip = 0
-        self._finished, self._windows, self._filled, self._cut = {}, [], 0, False
+        self._finished, self._cut, self._begun = {}, False, False
         self._start = self._here()
-        self._ready.append(_Block(start, sequences, used, self._start, self._start.sources, self._start.holdout))
-
-    def _take_batch(self) -> Batch:
-        rows: list[NDArray[np.int32]] = []
-        missing = self._batch_size
-        while missing:
-            block = self._ready[0]
-            count = min(missing, block.left)
-            rows.append(block.sequences[block.used : block.used + count])
-            block.used += count
-            missing -= count
-            if not block.left:
-                self._ready.popleft()
-        position = replace(block.start, index=block.used) if block.left else block.following
-        return Batch(np.concatenate(rows), position, block.holdout, block.read)
+        self._blocks.add(
+            Block(
+                start,
+                sequences[order],
+                labels[order],
+                used,
+                self._start,
+                self._sources.mixture.rules,
+                self._start.sources,
+                self._start.holdout,
+            )
+        )
 
     # --- decisions ----------------------------------------------------------------------------------------------------
 
@@ -340,13 +414,16 @@ class Pipeline:
     @property
     def _ends(self) -> bool:
         """The block has all its sequences; where it still stands so later, the journal could not take its end."""
-        return self._cut or self._filled >= self._block_sequences
+        return self._cut or self._packer.windows >= self._block_sequences
 
     def _decide(self, entry: Json) -> None:
         if self._stop.is_set():
             raise Interrupted
         try:
-            self._ledger.append(entry)
+            if entry["kind"] == "mixture":
+                self._ledger.change_mixture(entry)
+            else:
+                self._ledger.append(entry)
         except Refused:
             raise
         except AnytimedError as error:
@@ -357,21 +434,40 @@ class Pipeline:
         """Apply the journalled decisions that were taken before the next draw; whether the block was cut here."""
         while (head := self._ledger.head) is not None:
             match head:
-                case {"kind": "discovered", "draw": self._draw, "source": str(name), "entries": list(entries)} if (
-                    name in self._cursors
+                case {"kind": "block_cut", "block": self._block, "draw": self._draw, "sequences": int(sequences)} if (
+                    sequences == self._packer.windows
                 ):
                     self._ledger.replayed()
-                    self._cursors[name].adopt(entries)
-                case {"kind": "block_cut", "block": self._block, "draw": self._draw, "sequences": self._filled}:
-                    self._ledger.replayed()
                     return True
-                case {"kind": "discovered" | "block_cut", "draw": int(draw)} if draw > self._draw:
+                case {"kind": str(kind), "draw": self._draw, "source": str(name)} if (
+                    name in self._sources.mixture.rules
+                ):
+                    self._replay(kind, name, head)
+                    self._ledger.replayed()
+                case {"kind": "finished" | "mixture", "block": int(block)} if block >= self._block:
                     return False
-                case {"kind": "finished", "block": int(block)} if block >= self._block:
+                case {"draw": int(draw)} if draw > self._draw:
                     return False
                 case _:
-                    raise self._mismatch(f"draw {self._draw} of block {self._block} with {self._filled} sequences")
+                    windows = self._packer.windows
+                    raise self._mismatch(f"draw {self._draw} of block {self._block} with {windows} sequences")
         return False
+
+    def _replay(self, kind: str, name: str, head: Json) -> None:
+        match kind:
+            case "discovered":
+                self._sources.cursor(name).adopt(head["entries"])
+            case "left_out" | "back":
+                self._sources.leave_out(name, dry=kind == "left_out")
+            case "replayed":
+                cursor = self._sources.cursor(name)
+                if cursor.ready:
+                    raise self._mismatch(f"records of source {name!r} that were not read")
+                if not cursor.exhausted:
+                    raise _Unanswered(name)
+                self._sources.replay(name)
+            case _:
+                raise self._mismatch(f"no decision of this version: {kind!r}")
 
     def _mismatch(self, found: str) -> Refused:
         journalled = {key: value for key, value in (self._ledger.head or {}).items() if key != "entries"}
@@ -381,17 +477,23 @@ class Pipeline:
         )
 
     def _dry(self, name: str) -> Dry:
-        told = {other: cursor.undiscovered for other, cursor in self._cursors.items() if cursor.undiscovered}
-        return Dry({**told, name: "; ".join(filter(None, (self._cursors[name].reason, told.get(name))))})
+        told = {other: cursor.undiscovered for other, cursor in self._sources.active() if cursor.undiscovered}
+        return Dry({**told, name: "; ".join(filter(None, (self._sources.cursor(name).reason, told.get(name))))})
+
+    def _cursor(self, stream: Stream, place: Json | None, adopted: list[Any], finished: Mapping[int, str]) -> Cursor:
+        return Cursor(stream, place, adopted, finished, self._tokenizing, vocab_size=self._vocab_size, stop=self._stop)
 
     def _here(self) -> Position:
+        remainder, runs = self._packer.remainder()
+        names = tuple(self._labels)
         return Position(
             journal_length=self._ledger.length,
             journal_digest=self._ledger.digest,
-            mixture=self._mixture.version,
+            mixture=self._sources.mixture.rules,
             draw=self._draw,
             block=self._block,
-            sources=dict(self._sources),
-            remainder=self._packer.remainder(),
+            sources=self._sources.positions(),
+            remainder=remainder,
+            runs=tuple((names[label], count) for label, count in runs),
             holdout=self._keeper.current(),
         )

@@ -1,31 +1,20 @@
-"""What a position is made of: `Ledger`, the part of the journal that is in effect, and `Cursor`, the place in one
-source.
+"""The ledger: the part of the journal that is in effect.
 
 A run lives once and may be replayed often. Living, the ledger appends decisions; after a restart it holds those
 beyond the position and hands them out again, and the pipeline asks it before it decides anything itself. Length and
 digest count only what took effect, so that positions come out equal either way.
 
-The cursor takes records one at a time. That an entry was finished counts only with the next record of the source: when
-one asks a dry source depends on the clock, and nothing that stands in a position may.
+A mixture takes effect at a block's start, and what had been decided beyond it by reading ahead never does: the entry
+that changes the mixture names the length of the journal that still counts (`after`); entries between are void. They
+stay in the journal and in its digest, and are counted together with the entry that made them void.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 
-from anytimed.contracts import (
-    Finished,
-    Journal,
-    Json,
-    Position,
-    Record,
-    Refused,
-    Rejected,
-    Stream,
-    StreamUnavailable,
-    chain,
-)
+from anytimed.contracts import Journal, Json, Position, Refused, chain
 
 SCOPE = "data"
 """The journal's scope of everything that the data room decides."""
@@ -37,11 +26,10 @@ class Ledger:
     def __init__(self, journal: Journal, position: Position) -> None:
         self._journal = journal
         entries = journal.entries(SCOPE)
-        self.effective = entries[: position.journal_length]
-        self._waiting = deque(entries[position.journal_length :])
         self.length = 0
         self.digest = ""
-        for entry in self.effective:
+        effective = entries[: position.journal_length]
+        for entry in effective:
             self._count(entry)
         if (self.length, self.digest) != (position.journal_length, position.journal_digest):
             raise Refused(
@@ -49,15 +37,22 @@ class Ledger:
                 f"after {position.journal_length} with digest {position.journal_digest or 'none'}. The journal belongs "
                 "to another run or lost entries: restore journal.jsonl, or start over with --fresh"
             )
+        self.effective = [entry for _, entry in valid(effective)]
+        self._raw = deque(entries[position.journal_length :])
+        self._waiting = deque(valid(self._raw, position.journal_length))
+        self.mixtures = [entry for _, entry in self._waiting if entry["kind"] == "mixture"]
+        """The changes of the mixture that wait to be replayed."""
 
     @property
     def head(self) -> Json | None:
         """The oldest decision that waits to be replayed; None while living."""
-        return self._waiting[0] if self._waiting else None
+        return self._waiting[0][1] if self._waiting else None
 
     def replayed(self) -> None:
         """The head took effect."""
-        self._count(self._waiting.popleft())
+        number, _ = self._waiting.popleft()
+        while self.length <= number:
+            self._count(self._raw.popleft())
 
     def append(self, entry: Json) -> None:
         """Make a decision durable; it may take effect when this returns."""
@@ -65,78 +60,27 @@ class Ledger:
         self._journal.append(SCOPE, entry)
         self._count(entry)
 
+    def change_mixture(self, entry: Json) -> None:
+        """Make a change of the mixture durable, which makes void whatever waits to be replayed."""
+        told = {**entry, "after": self.length}
+        self._journal.append(SCOPE, told)
+        while self._raw:
+            self._count(self._raw.popleft())
+        self._waiting.clear()
+        self._count(told)
+
     def _count(self, entry: Json) -> None:
         self.length += 1
         self.digest = chain(self.digest, entry)
 
 
-class Cursor:
-    """One source, read record by record.
-
-    `reason` says why the last `take` gave nothing; `exhausted` that it was because every adopted entry has been read,
-    and not because the source did not answer. `undiscovered` is why the last `discover` failed, None if it did not.
-    """
-
-    def __init__(self, stream: Stream, place: Json | None, entries: list[Json], finished: Mapping[int, str]) -> None:
-        self._stream = stream
-        self._place = place
-        self._unverified = finished
-        self._items: Iterator[tuple[Record | Rejected | Finished, Json]] | None = None
-        self._riding: dict[int, str] = {}
-        self.entries = 0
-        self.exhausted = False
-        self.reason = ""
-        self.undiscovered: str | None = None
-        self.adopt(entries)
-        self.verify()
-
-    def adopt(self, entries: list[Json]) -> None:
-        if entries:
-            self._stream.adopt(entries)
-            self.entries += len(entries)
-
-    def discover(self) -> list[Json]:
-        """What the stream could adopt; nothing, and a reason, where it does not answer."""
-        try:
-            entries = self._stream.discover()
-        except StreamUnavailable as error:
-            self.undiscovered = str(error)
-            return []
-        self.undiscovered = None
-        return entries
-
-    def verify(self) -> bool:
-        """Check the entries finished before the position, once; False where the stream does not answer yet."""
-        if self._unverified:
-            try:
-                self._stream.verify(self._unverified)
-            except StreamUnavailable as error:
-                self.exhausted, self.reason = False, str(error)
-                return False
-            self._unverified = {}
-        return True
-
-    def take(self) -> tuple[Record | Rejected, Json, dict[int, str]] | None:
-        """The next record, the place after it, and the entries finished on the way to it; None when there is none
-        now."""
-        if not self.verify():
-            return None
-        try:
-            self._items = self._items or self._stream.read(self._place)
-            for item, place in self._items:
-                self._place = place
-                if not isinstance(item, Finished):
-                    riding, self._riding = self._riding, {}
-                    return item, place, riding
-                self._riding[item.entry] = item.digest
-        except StreamUnavailable as error:
-            self._items = None
-            self.exhausted, self.reason = False, str(error)
-            return None
-        self._items = None  # ended: what is adopted later needs a new call of read
-        self.exhausted = True
-        self.reason = f"all of its {self.entries} entries have been read" if self.entries else "nothing was found yet"
-        return None
-
-    def lag_bytes(self) -> int:
-        return self._stream.lag(self._place)
+def valid(entries: Iterable[Json], first: int = 0) -> list[tuple[int, Json]]:
+    """Entries that were not made void by a later one among them, each with its number; that of the first is given."""
+    found: list[tuple[int, Json]] = []
+    counts_before: int | None = None
+    for number, entry in reversed(list(enumerate(entries, first))):
+        if counts_before is None or number < counts_before:
+            found.append((number, entry))
+            if entry["kind"] == "mixture":
+                counts_before = entry["after"]
+    return found[::-1]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 
 from anytimed.contracts import Batch, Json
-from anytimed.data.pipeline import Dry, Interrupted, Pipeline
+from anytimed.data.cursor import Interrupted
+from anytimed.data.pipeline import Dry, Pipeline
 
 
 class Reader:
@@ -25,6 +27,7 @@ class Reader:
         self._batches: deque[Batch] = deque()
         self._dry: Dry | None = None
         self._poll = False
+        self._needless: Mapping[str, Json] | None = None
         self._closed = False
         self._failure: BaseException | None = None
         self._told: Json = pipeline.status()
@@ -53,6 +56,12 @@ class Reader:
         with self._changed:
             self._poll = True
             self._dry = None
+            self._changed.notify_all()
+
+    def acknowledge(self, places: Mapping[str, Json]) -> None:
+        """Have the sources told, by name, that no commit needs what lies before these places."""
+        with self._changed:
+            self._needless = places
             self._changed.notify_all()
 
     def status(self) -> Json:
@@ -84,30 +93,40 @@ class Reader:
             while self._wait_for_work():
                 self._offer(self._read())
         except Interrupted:
-            pass
+            self._pipeline.close()
         except BaseException as failure:  # noqa: BLE001 - not handled here: it is raised again in `get`
             with self._changed:
                 self._failure = failure
                 self._changed.notify_all()
 
     def _read(self) -> Batch | Dry:
-        """One batch. Dry only if a poll has found nothing and there was no block to cut short."""
+        """One batch. Dry only if a poll has found nothing and nothing could be done about it, or none can be made."""
+        polled = False
         while isinstance(outcome := self._pipeline.next_batch(), Dry):
-            if not self._pipeline.poll():
-                return self._pipeline.next_batch()
+            if polled and self._pipeline.stands:
+                break
+            polled = True
+            if not self._pipeline.poll() and not self._pipeline.stands:
+                break
         return outcome
 
     def _wait_for_work(self) -> bool:
-        """Sleep while the queue is full or the stream dry, serving polls; False once closed."""
+        """Sleep while the queue is full or the stream dry, serving polls and acknowledgements; False once closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._poll or self._may_read())
+                self._changed.wait_for(
+                    lambda: self._closed or self._poll or self._needless is not None or self._may_read()
+                )
                 if self._closed:
                     return False
-                if not self._poll:
-                    return True
-                self._poll = False
-            self._pipeline.poll()
+                needless, self._needless = self._needless, None
+                poll, self._poll = self._poll, False
+            if needless is not None:
+                self._pipeline.acknowledge(needless)
+            if poll:
+                self._pipeline.poll()
+            if not poll and needless is None:
+                return True
             self._tell()
 
     def _may_read(self) -> bool:

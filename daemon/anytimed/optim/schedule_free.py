@@ -433,6 +433,11 @@ class ScheduleFree(Optimizer):
             for clock in self._clocks:
                 clock.forget(factor)
 
+    def memory_steps(self) -> Tensor:
+        """1 / c of the first clock, 0-d float64 on the device: over how many steps x averages; inf before the first."""
+        clock, *_ = next(self._by_clock())
+        return 1.0 / clock.c
+
     def metrics(self) -> dict[str, Tensor]:
         """0-d tensors on the device, of the last step: c, beta and eta of the first clock; over all parameters
         `zx_distance` = |z - x| / |x| and `z_norm` = |z|; and by rule, as `spectral_…` and `adamw_…`, `weight_norm` =

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,21 @@ from pathlib import Path
 import torch
 
 from anytimed import registry
-from anytimed.config import AdapterTable, Config
-from anytimed.contracts import ConfigError, Journal, Json, Model, Rejected, Stream, Tokenizer
+from anytimed.config import AdapterTable, Config, SourceTable
+from anytimed.contracts import (
+    ConfigError,
+    Journal,
+    Json,
+    KeepsFiles,
+    Model,
+    Rejected,
+    SourceRule,
+    Stream,
+    Tokenizer,
+)
 from anytimed.data.pipeline import Pipeline
+from anytimed.data.sources import identity
+from anytimed.data.tokenizing import InThread
 from anytimed.optim.settings import POLYAK
 from anytimed.service.timetable import plan
 from anytimed.storage.pull import pull
@@ -42,7 +55,27 @@ class Parts:
     tokenizer: Tokenizer
     model: Model
     recipe: Recipe
-    streams: Mapping[str, Stream]
+    rules: Mapping[str, SourceRule]
+    """Of the mixture that the configuration asks for."""
+
+    def told(self) -> str:
+        """The mixture for a log line."""
+        total = sum(rule.weight for rule in self.rules.values())
+        return ", ".join(f"{name} {rule.weight / total:.1%}" for name, rule in self.rules.items())
+
+    def open_stream(self, name: str, reads: Json | None = None) -> Stream:
+        """A new stream of a source: as the configuration has it, or (a source that it no longer has, needed to replay
+        what was decided before) by what the journal says that it `reads`, without its credentials."""
+        config = self.config
+        table = config.sources.get(name)
+        if reads is not None and (table is None or identity(reads_of(config, name)) != identity(reads)):
+            table = SourceTable(**{**reads, **({"url": _to(reads["url"], config)} if "url" in reads else {})})
+        if table is None:
+            raise ConfigError(f"{config.path}: no source {name!r}, found {', '.join(config.sources)}")
+        stream: Stream = registry.build("anytimed.streams", table, str(config.path), ("sources", name), name)
+        if isinstance(stream, KeepsFiles):
+            stream.use_folder(Path(config.run.directory) / "streams" / name)
+        return stream
 
 
 def parts_of(config: Config) -> Parts:
@@ -52,10 +85,18 @@ def parts_of(config: Config) -> Parts:
     tokenizer = registry.build("anytimed.tokenizers", config.tokenizer, file, ("tokenizer",), base)
     model = registry.build("anytimed.models", config.model, file, ("model",))
     recipe = registry.build("anytimed.optimizers", config.optimizer, file, ("optimizer",))
-    streams = {
-        name: registry.build("anytimed.streams", table, file, ("sources", name), name)
-        for name, table in sorted(config.sources.items())
-    }
+    rules = {}
+    for name, table in sorted(config.sources.items()):
+        registry.build("anytimed.streams", table, file, ("sources", name), name)
+        if table.weight > 0:
+            rules[name] = SourceRule(
+                weight=table.weight,
+                when_dry=table.when_dry,
+                passes=table.passes,
+                rejected_fraction=table.rejected_fraction,
+                rejected_records=table.rejected_records,
+                reads=reads_of(config, name),
+            )
     longest = model.hf_config(tokenizer.vocab_size, tokenizer.end_token).get("max_position_embeddings")
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
@@ -68,7 +109,34 @@ def parts_of(config: Config) -> Parts:
             f"{file}: [training] clip_grad_norm: found {config.training.clip_grad_norm}, allowed with [optimizer] lr = "
             '"polyak": 0, for that step is measured by the gradient, and a clipped one makes it longer'
         )
-    return Parts(config, tokenizer, model, recipe, streams)
+    return Parts(config, tokenizer, model, recipe, rules)
+
+
+def reads_of(config: Config, name: str) -> Json:
+    """What makes a source the one it is, without credentials: its adapter and the settings that were given, but those
+    that the adapter says may change (`passing_settings`). A local path is told from the run directory, so that the
+    journal does not depend on where run and data lie together."""
+    table, file = config.sources[name], str(config.path)
+    adapter = registry.find("anytimed.streams", table.type, f"{file}: [sources.{name}]")
+    given = registry.settings(adapter, table, file, ("sources", name))
+    passing = set(getattr(adapter, "passing_settings", ())) | {"storage_options"}
+    told = public({"type": table.type, **given.model_dump(mode="json", exclude_defaults=True, exclude=passing)})
+    plain: Json = json.loads(json.dumps(told))
+    if isinstance(plain.get("url"), str):
+        plain["url"] = _from(plain["url"], config)
+    return plain
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url and "::" not in url
+
+
+def _from(url: str, config: Config) -> str:
+    return os.path.relpath(url, config.run.directory) if _is_local(url) else url
+
+
+def _to(url: str, config: Config) -> str:
+    return os.path.normpath(Path(config.run.directory) / url) if _is_local(url) else url
 
 
 def _places_apart(config: Config, file: str) -> None:
@@ -112,9 +180,6 @@ def shape(parts: Parts) -> Json:
         return {"type": table.type, **(settings.model_dump(mode="json") if settings is not None else table.settings)}
 
     config = parts.config
-    sources = {}
-    for name, table in config.sources.items():
-        sources[name] = {**told(table, parts.streams[name]), "weight": table.weight}
     made: Json = {
         "model": told(config.model, parts.model),
         "tokenizer": told(config.tokenizer, parts.tokenizer),
@@ -124,7 +189,6 @@ def shape(parts: Parts) -> Json:
             "shuffle_block_sequences": config.data.shuffle_block_sequences,
             "holdout": config.data.holdout.model_dump(),
         },
-        "sources": sources,
         "run": {"seed": config.run.seed},
     }
     plain: Json = json.loads(json.dumps(public(made)))
@@ -168,9 +232,10 @@ def differences(commit: Json, config: Json, path: str = "") -> list[str]:
 def pipeline_of(parts: Parts, journal: Journal, quarantine: Callable[[str, Json, Rejected], None]) -> Pipeline:
     config = parts.config
     return Pipeline(
-        parts.streams,
-        {name: table.weight for name, table in config.sources.items()},
+        parts.rules,
+        parts.open_stream,
         parts.tokenizer,
+        InThread(parts.tokenizer),
         journal,
         seed=config.run.seed,
         batch_size=config.data.batch_size,

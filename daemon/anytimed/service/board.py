@@ -65,6 +65,8 @@ class Board:
             tokens_per_s=self._speed,
             skipped=learner.skipped,
             grad_norm=reports[-1].grad_norm,
+            prequential=_prequential(reports),
+            batches_ready=self._session.reader.status()["ready"],
         )
 
     def evaluated(self, evaluation: Evaluation | None) -> None:
@@ -77,6 +79,10 @@ class Board:
     def paused(self) -> None:
         """What went by until now was no training, and does not count for the speed."""
         self._mark = (time.monotonic(), self._session.learner.tokens)
+
+    def decided(self, entry: Json) -> None:
+        """Something was decided about the training: an event."""
+        self._metrics.write("event", what=entry["kind"], **{key: v for key, v in entry.items() if key != "kind"})
 
     def verified(self, done: Verified) -> None:
         """What reading the commits again has found."""
@@ -156,3 +162,14 @@ class Board:
             return None
         since = self.mirrored["time"] if self.mirrored else self._began
         return {"url": mirror.url, "commit": self.mirrored, "last_mirrored_age_s": time.time() - since}
+
+
+def _prequential(reports: Sequence[StepReport]) -> dict[str, float]:
+    """By source the mean loss, in nats per token, of batches that had not been trained on."""
+    targets: dict[str, int] = {}
+    sums: dict[str, float] = {}
+    for report in reports:
+        for name, (count, total) in report.by_source.items() if not report.skipped else ():
+            targets[name] = targets.get(name, 0) + count
+            sums[name] = sums.get(name, 0.0) + total
+    return {name: sums[name] / count for name, count in sorted(targets.items())}

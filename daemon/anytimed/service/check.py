@@ -43,8 +43,8 @@ def check(config: Config) -> Iterator[Finding]:
     parts = parts_of(config)
     yield Finding("config", True, f"{config.path}: every table and key is known, every adapter is installed")
     yield _tried("device", lambda: str(_device(config)))
-    for name, stream in parts.streams.items():
-        yield _tried(f"source {name}", partial(_read, stream))
+    for name in config.sources:
+        yield _tried(f"source {name}", partial(_read, parts.open_stream(name)))
     yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
     exports, commits = config.exports, config.commits
     yield _tried("exports", lambda: _probe(exports.url, exports.storage_options, require=exports.require_conditions))

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from anytimed.contracts import AnytimedError, Batch, Json, Snapshot, StepReport
+from anytimed.contracts import AnytimedError, Batch, Json, Snapshot
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
 from anytimed.service.board import Board
@@ -24,12 +24,14 @@ from anytimed.service.control import Control
 from anytimed.service.gatekeeper import Gatekeeper
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
-from anytimed.service.recovery import Session
+from anytimed.service.recovery import Session, Trained
 from anytimed.service.reload import reloaded
 from anytimed.service.requests import Mailbox, Request
 from anytimed.service.saving import Saving
+from anytimed.service.steering import Steering
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
+from anytimed.training.guard import Span
 from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
@@ -37,6 +39,7 @@ log = logging.getLogger("anytimed")
 POLL_S = 0.5
 COMPILE_S = 1800.0
 LAST_COMMIT_S = 600.0
+START_S = 600.0
 
 
 class State(enum.Enum):
@@ -53,10 +56,10 @@ class Daemon:
         self._session, self._mailbox, self._view, self._limit = session, mailbox, view, steps
         self._config = session.parts.config
         self._learner, self._reader = session.learner, session.reader
-        self._position, self._holdout, self._read = session.position, session.position.holdout, session.position.sources
+        self._trained = Trained.at(session.position)
         self._parent = session.parent
         self._state = State.TRAINING
-        self._skips: list[StepReport] = []
+        self._span: Span | None = None
         self._give_up = self._hung_up = False
         self._systemd = Systemd()
         self._gate = Gatekeeper(session.standing, session.served)
@@ -69,6 +72,8 @@ class Daemon:
         self._keeper.on_held, self._outbox.keeps = self._outbox.wake, self._gate.keeps
         self._board = Board(session, view, self._systemd, self._outbox, self._keeper)
         self._saving = Saving(session, self._config.commits, self._board, mailbox.post, self._snapshot)
+        state = session.commit.state["steering"] if session.commit is not None else None
+        self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
         self._control = Control(session.run.control_socket, mailbox, self.status)
 
@@ -163,11 +168,11 @@ class Daemon:
     def _step(self, batch: Batch) -> None:
         self._learner.step(batch)
         self._saving.stepped()
-        self._position, self._holdout, self._read = batch.position, batch.holdout, batch.read
+        self._trained = Trained.on(batch)
         step, config = self._learner.step_count, self._config
         if step % config.logging.every_steps == 0:
             self._report()
-        if step % config.evaluation.every_steps == 0:
+        if self._steering.evaluates(step):
             self._report()
             self._evaluate()
         if config.commits.every_steps and step % config.commits.every_steps == 0:
@@ -177,35 +182,29 @@ class Daemon:
 
     def _evaluate(self) -> None:
         """Losses of x, y and z on the hold-out; and of the published x, where the gate could not compare otherwise."""
-        found = self._learner.evaluate(self._holdout)
+        holdout = self._trained.holdout
+        found = self._learner.evaluate(holdout)
         if found is not None and self._gated:
             margin = self._config.exports.gate_margin_nats
-            self._gate.evaluated(found, margin, lambda folder: self._learner.loss_at(folder, self._holdout))
+            self._gate.evaluated(found, margin, lambda folder: self._learner.loss_at(folder, holdout))
             self._outbox.keeps = self._gate.keeps
         self._board.evaluated(found)
+        if found is not None:
+            self._steering.evaluated(found)
         self._tell()
 
     def _report(self) -> None:
-        """Read what the steps since the last report did, journal the skipped ones, refresh every view."""
+        """Read what the steps since the last report did, judge them, refresh every view."""
         reports = self._learner.reports()
-        self._skips += [report for report in reports if report.skipped]
-        self._journal_skips()
+        self._span = self._steering.reported(reports)
+        self._board.problem("journal", self._steering.problem)
         self._board.stepped(reports)
         self._tell()
 
-    def _journal_skips(self) -> None:
-        """What the journal cannot take for now waits: a skip repeats itself at the same step of a replay."""
-        try:
-            while self._skips:
-                self._session.skip(self._skips[0])
-                del self._skips[0]
-            self._board.problem("journal", None)
-        except AnytimedError as error:
-            self._board.problem("journal", f"{len(self._skips)} skipped steps are not journalled yet: {error}")
-
     def _snapshot(self) -> Snapshot:
         self._report()
-        return self._session.snapshot(self._position, self._board.evaluation, self._parent)
+        state = self._steering.state()
+        return self._session.snapshot(self._trained.position, self._board.evaluation, self._parent, state)
 
     def _final_commit(self) -> None:
         """The commit at the end. Raises AnytimedError where it could not be written."""
@@ -215,7 +214,7 @@ class Daemon:
     def _begin_export(self, reply: Future[dict[str, Any]] | None = None) -> None:
         self._report()
         verdict = self._gate.verdict(self._board.evaluation, self._config.exports.gate_margin_nats)
-        self._outbox.submit(self._session.export(self._config, self._board.evaluation, self._read, verdict), reply)
+        self._outbox.submit(self._session.export(self._config, self._board.evaluation, self._trained, verdict), reply)
 
     # --- requests
 
@@ -250,6 +249,7 @@ class Daemon:
                 self._saving.verify()
             case requests.Committed():
                 self._saving.committed(request, waiting=self._state is State.WAITING)
+                self._reader.acknowledge(self._session.needless())
                 self._tell()
             case requests.Verified():
                 self._saving.verified(request)
@@ -267,17 +267,31 @@ class Daemon:
                 raise crash
 
     def _reload(self) -> None:
+        before = self._session.parts
         try:
-            self._config = reloaded(self._config)
+            self._session.parts = parts = reloaded(before, self._trained.read)
         except AnytimedError as error:
             self._board.problem("reload", str(error))
             self._tell()
             return
+        self._config = parts.config
         self._saving.table = self._config.commits
         self._board.problem("reload", None)
         self._timetable.apply(self._config)
+        self._steering.configured(self._config)
+        if parts.rules != before.rules and self._state is not State.STOPPING:
+            self._read_anew()
+            log.info("the mixture changes at the next block: %s", parts.told())
         log.info("reloaded %s", self._config.path)
         self._tell()
+
+    def _read_anew(self) -> None:
+        """Read again from the last batch that was trained on, by what the session says now."""
+        self._reader.close()
+        self._systemd.extend(START_S)
+        self._session.read_from(self._trained.position)
+        self._reader = self._session.reader
+        self._reader.start()
 
     def _on_published(self, done: requests.Published) -> None:
         if done.refused is not None:

@@ -9,6 +9,7 @@ two copies that leave the training: the snapshot of a commit and the content of 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ import numpy as np
 from anytimed.config import Config, ExportsTable
 from anytimed.contracts import (
     AnytimedError,
+    Batch,
     ConfigError,
     CorruptError,
     Evaluation,
@@ -31,7 +33,8 @@ from anytimed.contracts import (
     Position,
     Snapshot,
     SourcePosition,
-    StepReport,
+    SourceRule,
+    mixture_to_json,
 )
 from anytimed.data.reader import Reader
 from anytimed.service.assembly import (
@@ -44,8 +47,10 @@ from anytimed.service.assembly import (
     pipeline_of,
     shape,
 )
+from anytimed.service.decisions import Decisions
 from anytimed.service.origin import START_S, Sources
 from anytimed.service.quarantine import Quarantine
+from anytimed.storage.commit import STATE
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.exports import ExportContent, Publisher, Spool
 from anytimed.storage.gate import Standing, Verdict
@@ -64,6 +69,34 @@ HOLDOUT_TENSOR = "holdout.tokens"
 WORLD_SIZE = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the last batch that was trained on brought along: the position after it, the hold-out and the mixture in
+    force, and how far every source had been read."""
+
+    position: Position
+    holdout: Holdout
+    mixture: Mapping[str, SourceRule]
+    read: Mapping[str, SourcePosition]
+
+    def lineage(self, urls: Mapping[str, str]) -> Json:
+        """By source where it lies, what was read of it, and its rule in the mixture (None where it takes no part)."""
+        rules = mixture_to_json(self.mixture)
+        return {
+            name: {"url": urls.get(name, ""), **at.to_json(), "rule": rules.get(name)}
+            for name, at in sorted(self.read.items())
+        }
+
+    @staticmethod
+    def at(position: Position) -> Trained:
+        """Before the first batch after a position."""
+        return Trained(position, position.holdout, position.mixture, position.sources)
+
+    @staticmethod
+    def on(batch: Batch) -> Trained:
+        return Trained(batch.position, batch.holdout, batch.mixture, batch.read)
+
+
 @dataclass
 class Session:
     """A run that was recovered, ready for the loop."""
@@ -79,6 +112,7 @@ class Session:
     publisher: Publisher
     position: Position
     quarantine: Quarantine
+    decisions: Decisions
     mirror: Mirror | None = None
     commit: Commit | None = None
     standing: Standing | None = None
@@ -89,7 +123,9 @@ class Session:
     published: Json | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
 
-    def snapshot(self, position: Position, evaluation: Evaluation | None, parent: str | None) -> Snapshot:
+    def snapshot(
+        self, position: Position, evaluation: Evaluation | None, parent: str | None, steering: Json
+    ) -> Snapshot:
         """A commit's tensors and state: the learner, the Position and its hold-out, what the next export will need."""
         flat, index = position.holdout.to_arrays()
         held = HostTensor(
@@ -103,6 +139,7 @@ class Session:
             "holdout": index,
             "evaluation": evaluation.to_json() if evaluation else None,
             "parent_checkpoint": parent,
+            "steering": steering,
         }
         return self.learner.snapshot({HOLDOUT_TENSOR: held}, state)
 
@@ -110,14 +147,16 @@ class Session:
         self,
         config: Config,
         evaluation: Evaluation | None,
-        read: Mapping[str, SourcePosition],
+        trained: Trained,
         verdict: Verdict,
     ) -> Callable[[], ExportContent]:
         """Copy x out now; what is returned waits for the copy and gives a checkpoint's content, in any thread."""
         snapshot = self.learner.export(config.exports.dtype)
         tokens = self.learner.tokens
         flags = [f"a resume need not be bit for bit: {why}" for why in inexact_resume(config)]
-        skipped = [entry for entry in self.journal.entries("training") if entry["step"] <= snapshot.step]
+        interventions = self.decisions.interventions(snapshot.step)
+        numbers = {"type": config.optimizer.type, **self.parts.recipe.numbers(), **self.learner.memory()}
+        lineage = trained.lineage(self.urls)
 
         def make() -> ExportContent:
             snapshot.wait()
@@ -127,11 +166,11 @@ class Session:
                 tensors=snapshot.tensors,
                 config={**self.hf_config, "torch_dtype": config.exports.dtype},
                 files=self.tokenizer_files,
-                optimizer={"type": config.optimizer.type, **self.parts.recipe.numbers()},
+                optimizer=numbers,
                 evaluation=evaluation,
                 config_digest=config.digest(),
-                lineage={name: {"url": self.urls[name], **at.to_json()} for name, at in sorted(read.items())},
-                interventions=skipped,
+                lineage=lineage,
+                interventions=interventions,
                 url=without_credentials(config.exports.url),
                 license=config.exports.model_license,
                 flags=[*flags, verdict.flag] if verdict.flag else flags,
@@ -151,18 +190,27 @@ class Session:
         with tempfile.TemporaryDirectory(prefix="anytimed-") as folder:
             return {name: (Path(folder) / name).read_bytes() for name in self.parts.tokenizer.save(Path(folder))}
 
-    @cached_property
+    @property
     def urls(self) -> dict[str, str]:
         """Where each source lies, as it may be published."""
         tables = self.parts.config.sources
         return {name: without_credentials(str(table.settings.get("url", ""))) for name, table in tables.items()}
 
-    def skip(self, report: StepReport) -> None:
-        """Journal a skipped step, once, however often it is replayed."""
-        entry = {"kind": "skipped", "step": report.step}
-        if entry not in self.journal.entries("training"):
-            self.journal.append("training", entry)
-            log.warning("step %d skipped: loss %g, gradient norm %g", report.step, report.loss, report.grad_norm)
+    def read_from(self, position: Position) -> None:
+        """Read on from a position, by the configuration of `parts`."""
+        pipeline = pipeline_of(self.parts, self.journal, self.quarantine)
+        pipeline.restore(position)
+        self.reader = Reader(pipeline, self.parts.config.data.prefetch_batches)
+
+    def needless(self) -> dict[str, Json]:
+        """By source the place that no commit here resumes before; nothing where that cannot be told."""
+        try:
+            state = json.loads((self.commits.kept()[-1] / STATE).read_bytes())
+            sources, rules = state["position"]["sources"], state["position"]["mixture"]
+            again = {name for name, rule in rules.items() if rule["when_dry"] == "replay"}  # from the beginning
+            return {name: at["place"] for name, at in sources.items() if at["place"] is not None and name not in again}
+        except (OSError, LookupError, ValueError, TypeError):
+            return {}  # it is asked again after the next commit
 
     def retain_published(self, exports: ExportsTable, check: Callable[[], None]) -> None:
         self.publisher.retain(
@@ -245,6 +293,7 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         publisher=publisher,
         position=position,
         quarantine=quarantine,
+        decisions=Decisions(journal),
         mirror=origin.mirror,
         commit=commit,
         problems=problems,
@@ -320,5 +369,6 @@ def _restore(learner: Learner, commit: Commit) -> Position:
                 "%s was %s when the commit was written and is %s now: not bit for bit from here", name, then, now
             )
     rest = learner.restore(commit.tensor_files, commit.state)
-    holdout = Holdout.from_arrays(rest[HOLDOUT_TENSOR].numpy(), commit.state["holdout"])
+    weights = {name: float(rule["weight"]) for name, rule in commit.state["position"]["mixture"].items()}
+    holdout = Holdout.from_arrays(rest[HOLDOUT_TENSOR].numpy(), commit.state["holdout"], weights)
     return Position.from_json(commit.state["position"], holdout)

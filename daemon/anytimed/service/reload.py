@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from anytimed.config import Config, load
-from anytimed.contracts import ConfigError
-from anytimed.service.assembly import parts_of
+from collections.abc import Mapping
+from dataclasses import replace
 
-LIVE_TABLES = ("logging", "evaluation", "commits", "exports")
-"""Tables whose keys may change between two steps: they leave the numbers of the training alone."""
+from anytimed.config import Config, load
+from anytimed.contracts import ConfigError, SourcePosition
+from anytimed.data.sources import require_same_reads
+from anytimed.service.assembly import Parts, parts_of
+
+LIVE_TABLES = ("logging", "evaluation", "commits", "exports", "guard", "sources")
+"""Tables whose keys may change between two steps. Those that change the numbers (when to evaluate, the guard, and the
+sources, whose change takes effect at the start of a block) are journalled with the step or block of the change."""
 
 FIXED_KEYS = {
     "exports": (
@@ -25,15 +30,19 @@ FIXED_KEYS = {
 """Their keys that may not."""
 
 
-def reloaded(running: Config) -> Config:
-    """The file of a running configuration as it is now. Raises ConfigError where it is wrong, or changes what only a
-    restart can change."""
-    new = load(running.path)
-    parts_of(new)
-    fixed = changes_that_need_a_restart(running, new)
+def reloaded(running: Parts, read: Mapping[str, SourcePosition]) -> Parts:
+    """The parts of a running configuration by its file as it is now. `read`: where every source stands that was ever
+    read. Raises ConfigError where the file is wrong, or changes what only a restart can change."""
+    new = load(running.config.path)
+    parts = parts_of(new)
+    fixed = changes_that_need_a_restart(running.config, new)
     if fixed:
         raise ConfigError(f"{new.path}: not reloaded; only a restart changes {', '.join(fixed)}")
-    return new
+    try:
+        require_same_reads(parts.rules, read)
+    except ConfigError as error:
+        raise ConfigError(f"{new.path}: not reloaded; {error}") from None
+    return replace(running, config=new, rules=parts.rules)
 
 
 def changes_that_need_a_restart(old: Config, new: Config) -> list[str]:

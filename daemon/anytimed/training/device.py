@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,8 +81,8 @@ class Device:
             return f"{torch.cuda.get_device_name(self.torch_device)} ({self.precision})"
         return f"CPU, {torch.get_num_threads()} threads ({self.precision})"
 
-    def put(self, tokens: NDArray[np.int32]) -> Tensor:
-        """Token ids on the device as int64, same shape; pinned and asynchronous on CUDA."""
+    def put(self, tokens: NDArray[np.integer[Any]]) -> Tensor:
+        """Token ids or labels on the device as int64, same shape; pinned and asynchronous on CUDA."""
         host = torch.from_numpy(tokens)
         if self.is_cuda:
             return host.pin_memory().to(self.torch_device, non_blocking=True).long()
@@ -120,10 +121,10 @@ class Device:
             arrived.record(self._copies)
         return {name: host_view(host) for name, host in hosts.items()}, arrived.synchronize
 
-    def read(self, scalars: Iterable[Tensor]) -> list[float]:
-        """The values of 0-d tensors: one synchronisation for all of them."""
-        listed = list(scalars)
-        values: list[float] = torch.stack([s.detach().double().reshape(()) for s in listed]).tolist() if listed else []
+    def read(self, tensors: Iterable[Tensor]) -> list[float]:
+        """The values of tensors, one after the other: one synchronisation for all of them."""
+        listed = list(tensors)
+        values: list[float] = torch.cat([s.detach().double().reshape(-1) for s in listed]).tolist() if listed else []
         return values
 
     def generators(self) -> dict[str, Tensor]:

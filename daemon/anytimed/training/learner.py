@@ -7,9 +7,12 @@ the step did is kept as device scalars until `reports` reads them all at once. `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -18,9 +21,20 @@ from torch import Tensor, nn
 from anytimed.contracts import Batch, CorruptError, Evaluation, Holdout, HostTensor, Json, Model, Snapshot, StepReport
 from anytimed.optim import ScheduleFree
 from anytimed.training.device import Device
-from anytimed.training.evaluate import Evaluator
+from anytimed.training.evaluate import Evaluator, sums_by
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """What a step did, still on the device. sources: targets of each; told: loss, norm, whether it was finite, and the
+    summed loss of every source."""
+
+    step: int
+    batch: int
+    sources: Mapping[str, int]
+    told: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Learner:
@@ -46,7 +60,7 @@ class Learner:
         self._forward = torch.compile(module) if compile else module
         self._micro, self._clip, self._length = micro_batch_size, clip_grad_norm, sequence_length
         self._named = dict(module.named_parameters())
-        self._unread: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._unread: list[_Unread] = []
         self._evaluator = Evaluator(
             model, module, device, sequence_length=sequence_length, batch_size=evaluation_batch_size
         )
@@ -54,18 +68,25 @@ class Learner:
     # --- steps
 
     def step(self, batch: Batch) -> None:
-        """One step on tokens (batch, length + 1). A loss or gradient that is not finite leaves weights, moments,
-        averages and the optimizer's counters untouched; the batch counts as taken all the same. Does not wait for the
-        device."""
+        """One step on tokens (batch, length + 1); what they lost before it is kept by source, for `reports`. A loss or
+        gradient that is not finite leaves weights, moments, averages and the optimizer's counters untouched; the batch
+        counts as taken all the same. Does not wait for the device."""
         tokens = self.device.put(batch.tokens)
         targets = tokens[:, 1:].numel()
+        counts = np.bincount(batch.labels.ravel(), minlength=len(batch.sources)).tolist()
+        labels = self.device.put(batch.labels) if len(batch.sources) > 1 else None
         loss = torch.zeros((), device=self.device.torch_device)
+        told = torch.zeros(len(batch.sources), dtype=torch.float64, device=self.device.torch_device)
         self.optimizer.zero_grad(set_to_none=True)
-        for part in torch.split(tokens, self._micro or len(tokens)):
+        micro = self._micro or len(tokens)
+        for at in range(0, len(tokens), micro):
             with self.device.autocast():
-                mean = self.model.losses(self._forward, part).sum() / targets
+                losses = self.model.losses(self._forward, tokens[at : at + micro])
+                mean = losses.sum() / targets
             mean.backward()  # type: ignore[no-untyped-call]
             loss = loss + mean.detach()
+            if labels is not None:
+                told += sums_by(losses, labels[at : at + micro], len(batch.sources))
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self._clip is not None:
@@ -74,7 +95,9 @@ class Learner:
         self.optimizer.step(gate=finite, loss=loss)
         self.step_count += 1
         self.tokens += targets
-        self._unread.append((self.step_count, loss, norm.detach(), finite))
+        of = told if labels is not None else loss * targets
+        sources = dict(zip(batch.sources, counts, strict=True))
+        self._unread.append(_Unread(self.step_count, batch.number, sources, (loss, norm.detach(), finite, of)))
 
     def compile_now(self, batch_size: int) -> None:
         """Compile forward and backward before the first step, which would look like a hang otherwise. Nothing changes:
@@ -88,18 +111,30 @@ class Learner:
     def reports(self) -> list[StepReport]:
         """What the steps since the last call did; waits for the device once."""
         unread, self._unread = self._unread, []
-        values = self.device.read([scalar for _, *scalars in unread for scalar in scalars])
-        found = [
-            StepReport(step, values[3 * i], values[3 * i + 1], not values[3 * i + 2])
-            for i, (step, *_) in enumerate(unread)
-        ]
+        values = iter(self.device.read([tensor for each in unread for tensor in each.told]))
+        found = []
+        for each in unread:
+            loss, norm, finite = next(values), next(values), bool(next(values))
+            by_source = {name: (count, next(values)) for name, count in each.sources.items()}
+            present = {name: of for name, of in by_source.items() if of[0]}
+            found.append(StepReport(each.step, each.batch, loss, norm, not finite, present))
         self.skipped += sum(report.skipped for report in found)
         return found
 
     def metrics(self) -> dict[str, float]:
         """The optimizer's own figures (c, beta, eta, norms); waits for the device once."""
         named = self.optimizer.metrics()
-        return dict(zip(named, self.device.read(named.values()), strict=True))
+        values = dict(zip(named, self.device.read(named.values()), strict=True))
+        return {**values, "averaging_memory_steps": 1 / values["c"] if values["c"] else math.inf}
+
+    def memory(self) -> dict[str, float]:
+        """Over how many steps x averages, as 1 / c; waits for the device."""
+        steps = self.device.read([self.optimizer.memory_steps()])[0]
+        return {"averaging_memory_steps": steps} if math.isfinite(steps) else {}
+
+    def forget(self) -> None:
+        """Halve the memory of x: the weight sum, but not below that of the end of warm-up. x itself does not change."""
+        self.optimizer.forget(0.5)
 
     def evaluate(self, holdout: Holdout) -> Evaluation | None:
         """Losses of x, y and z on the hold-out; None while nothing is held out."""

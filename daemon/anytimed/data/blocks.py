@@ -1,0 +1,88 @@
+"""Blocks of sequences as they are filled and used up.
+
+`Filling` is the block that is being read: the packer's windows so far and what was finished on the way. `Block` is one
+that was read, its sequences permuted; batches are taken from the oldest blocks and may span several.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anytimed.contracts import Batch, Holdout, Position, SourcePosition, SourceRule
+from anytimed.data.packer import Labels
+
+
+@dataclass(slots=True)
+class Block:
+    """A block that was read. sequences: shape (k, sequence_length + 1), labels: (k, sequence_length), both in the order
+    of use; `used` of them are taken. start, following: the positions before and after it, without their `batches`."""
+
+    start: Position
+    sequences: NDArray[np.int32]
+    labels: Labels
+    used: int
+    following: Position
+    mixture: Mapping[str, SourceRule]
+    read: Mapping[str, SourcePosition]
+    holdout: Holdout
+
+    @property
+    def left(self) -> int:
+        return len(self.sequences) - self.used
+
+
+class Blocks:
+    """Blocks that were read, oldest first. batches: how many were taken before the first of them."""
+
+    def __init__(self, batch_size: int, batches: int) -> None:
+        self._size = batch_size
+        self._batches = batches
+        self._ready: deque[Block] = deque()
+
+    def add(self, block: Block) -> None:
+        self._ready.append(block)
+
+    @property
+    def left(self) -> int:
+        """Sequences that wait."""
+        return sum(block.left for block in self._ready)
+
+    @property
+    def full(self) -> bool:
+        """There is a batch to take."""
+        return self.left >= self._size
+
+    def completes(self, sequences: int) -> bool:
+        """Whether so many more would make a batch."""
+        return self.left + sequences >= self._size
+
+    def take(self, names: tuple[str, ...]) -> Batch:
+        """The next batch. names: of the labels. Only where `full`."""
+        rows: list[NDArray[np.int32]] = []
+        labels: list[Labels] = []
+        missing = self._size
+        while missing:
+            block = self._ready[0]
+            count = min(missing, block.left)
+            rows.append(block.sequences[block.used : block.used + count])
+            labels.append(block.labels[block.used : block.used + count])
+            block.used += count
+            missing -= count
+            if not block.left:
+                self._ready.popleft()
+        self._batches += 1
+        position = replace(block.start, index=block.used) if block.left else block.following
+        return Batch(
+            tokens=np.concatenate(rows),
+            labels=np.concatenate(labels),
+            sources=names,
+            position=replace(position, batches=self._batches),
+            holdout=block.holdout,
+            mixture=block.mixture,
+            read=block.read,
+        )

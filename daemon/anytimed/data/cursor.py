@@ -1,0 +1,242 @@
+"""The place in one source, and what was read ahead of it.
+
+Records are taken one at a time. They are read ahead in groups, whose texts are handed to the tokenizing while earlier
+groups are still being used up. What comes next in a source does not depend on when it is asked for, so reading ahead
+decides nothing: whatever was read and not taken is simply read again after a restart.
+
+That an entry was finished counts only with the next record of the source: when one asks a dry source depends on the
+clock, and nothing that stands in a position may.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anytimed.contracts import (
+    Acknowledging,
+    AnytimedError,
+    Closable,
+    Finished,
+    Json,
+    Record,
+    Rejected,
+    Stream,
+    StreamUnavailable,
+    Tokens,
+)
+from anytimed.data.tokenizing import Pending, Tokenizing
+
+GROUP_RECORDS = 128
+GROUP_CHARACTERS = 256 << 10
+"""A group ends with the record that brings it to one of these."""
+GROUPS = 4
+"""Read ahead, beyond the one in use, where tokenizing happens elsewhere."""
+
+
+class Interrupted(Exception):
+    """Nothing is to be read or decided any more."""
+
+
+@dataclass(slots=True)
+class Taken:
+    """A record of the source. tokens: its own, without an end token (None for one that was rejected); place: after it;
+    finished: entries that ended on the way to it, with their digests; whole: the end token stands in `tokens`."""
+
+    item: Record | Rejected
+    place: Json
+    finished: Mapping[int, str]
+    tokens: Tokens | None = None
+    whole: bool = False
+
+
+@dataclass(slots=True)
+class _Group:
+    """Records that were read together; `pending` gives the tokens of those that are texts."""
+
+    taken: deque[Taken] = field(default_factory=deque)
+    texts: list[str] = field(default_factory=list)
+    pending: Pending | None = None
+
+    def settle(self) -> None:
+        """Give every text its tokens; waits for them."""
+        if self.pending is not None:
+            tokens = iter(self.pending.result())
+            for taken in self.taken:
+                if isinstance(taken.item, Record) and taken.item.tokens is None:
+                    taken.tokens = next(tokens)
+            self.pending = None
+
+
+class Cursor:
+    """One source, read record by record.
+
+    `reason` says why the last `take` gave nothing; `exhausted` that it was because every adopted entry has been read,
+    and not because the source did not answer. `undiscovered` is why the last `discover` failed, None if it did not.
+    `entries` have been adopted.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        place: Json | None,
+        entries: Sequence[Any],
+        finished: Mapping[int, str],
+        tokenizing: Tokenizing,
+        *,
+        vocab_size: int,
+        stop: threading.Event,
+    ) -> None:
+        self._stream = stream
+        self._tokenizing = tokenizing
+        self._vocab_size = vocab_size
+        self._stop = stop
+        self._read = self.place = place
+        self._unverified = finished
+        self._items: Iterator[tuple[Record | Rejected | Finished, Json]] | None = None
+        self._riding: dict[int, str] = {}
+        self._groups: deque[_Group] = deque()
+        self._due = True
+        self._failure: AnytimedError | None = None
+        self._told = max(finished, default=-1)  # the last entry whose end was told; a second pass tells nothing new
+        self.entries = 0
+        self.exhausted = False
+        self.reason = ""
+        self.undiscovered: str | None = None
+        self.adopt(entries)
+        self.verify()
+
+    def adopt(self, entries: Sequence[Any]) -> None:
+        if entries:
+            self._stream.adopt(entries)
+            self.entries += len(entries)
+
+    def discover(self) -> list[Any]:
+        """What the stream could adopt; nothing, and a reason, where it does not answer."""
+        try:
+            entries = self._stream.discover()
+        except StreamUnavailable as error:
+            self.undiscovered = str(error)
+            return []
+        self.undiscovered = None
+        return entries
+
+    def verify(self) -> bool:
+        """Check the entries finished before the position, once; False where the stream does not answer yet."""
+        if self._unverified:
+            try:
+                self._stream.verify(self._unverified)
+            except StreamUnavailable as error:
+                self.exhausted, self.reason = False, str(error)
+                return False
+            self._unverified = {}
+        return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether `take` would give a record now."""
+        if not self._groups:
+            self._fill()
+        return bool(self._groups)
+
+    def take(self) -> Taken | None:
+        """The next record, with everything that comes with it; None when there is none now. Raises what reading it
+        raises, Interrupted."""
+        if self._due:
+            # Once a group, not once a record: a source that has ended, or does not answer, is not asked every time.
+            self._due = False
+            while len(self._groups) < GROUPS and self._fill():
+                pass
+        if not self._groups:
+            self._due = True
+            if self._failure is not None:
+                raise self._failure
+            return None
+        group = self._groups[0]
+        group.settle()
+        taken = group.taken.popleft()
+        if not group.taken:
+            self._groups.popleft()
+            self._due = True
+        self.place = taken.place
+        return taken
+
+    def restart(self) -> None:
+        """Go back to the beginning of the source, which has been read to its end."""
+        assert self.exhausted and not self._groups, "a source is read again only from its end"
+        self._read, self._items, self.exhausted = None, None, False
+
+    def acknowledge(self, place: Json) -> str | None:
+        """Tell the source that no commit needs what lies before `place`; why that failed, None if it did not."""
+        if isinstance(self._stream, Acknowledging):
+            try:
+                self._stream.acknowledge(place)
+            except StreamUnavailable as error:
+                return str(error)
+        return None
+
+    def close(self) -> None:
+        """Close the stream, if it can be closed."""
+        if isinstance(self._stream, Closable):
+            self._stream.close()
+
+    def lag(self) -> int:
+        """What is adopted and not yet taken, in bytes (in records where bytes are not known)."""
+        return self._stream.lag(self.place)
+
+    # --- reading ahead ------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> bool:
+        """Read one group more; False where nothing was read."""
+        if self._failure is not None or not self.verify():
+            return False
+        group, characters = _Group(), 0
+        try:
+            self._items = self._items or self._stream.read(self._read)
+            for item, place in self._items:
+                if self._stop.is_set():
+                    raise Interrupted
+                self._read = place
+                if isinstance(item, Finished):
+                    if item.entry > self._told:
+                        self._told = item.entry
+                        self._riding[item.entry] = item.digest
+                    continue
+                riding, self._riding = self._riding, {}
+                group.taken.append(self._taken(item, place, riding, group.texts))
+                if isinstance(item, Record):
+                    characters += len(item.text)
+                if len(group.taken) >= GROUP_RECORDS or characters >= GROUP_CHARACTERS:
+                    break
+            else:
+                self._items = None  # ended: what is adopted later needs a new call of read
+                self.exhausted = True
+                self.reason = (
+                    f"all of its {self.entries} entries have been read" if self.entries else "nothing was found yet"
+                )
+        except StreamUnavailable as error:
+            self._items = None
+            self.exhausted, self.reason = False, str(error)
+        except AnytimedError as error:
+            self._failure = error  # what was read before it is good
+        if not group.taken:
+            return False
+        if group.texts:
+            group.pending = self._tokenizing.submit(group.texts)
+        self._groups.append(group)
+        return True
+
+    def _taken(self, item: Record | Rejected, place: Json, finished: Mapping[int, str], texts: list[str]) -> Taken:
+        if isinstance(item, Rejected):
+            return Taken(item, place, finished)
+        if item.tokens is None:
+            texts.append(item.text)
+            return Taken(item, place, finished)
+        tokens = item.tokens
+        if not tokens.size or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+            found = f"tokens from {tokens.min()} to {tokens.max()}" if tokens.size else "no token"
+            return Taken(Rejected(f"{found}, expected 0 to {self._vocab_size - 1}", item.digest), place, finished)
+        return Taken(item, place, finished, tokens, whole=True)

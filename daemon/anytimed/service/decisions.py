@@ -1,0 +1,58 @@
+"""What was decided about the training, in the journal's scope `training`: skipped steps, forgettings, rollbacks, jumps.
+
+A replay comes to the same decisions again, and says so again: each is journalled once. Those that must not be taken
+twice (what a rollback has jumped over, how many there were) are read from here, so a rollback does not take them back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+from anytimed.contracts import Json
+from anytimed.storage.journal import Journal
+
+log = logging.getLogger("anytimed")
+
+SCOPE = "training"
+TOLD = 100
+"""Interventions that an export tells of, the newest."""
+
+
+class Decisions:
+    """The journal's entries about the training, oldest first; a copy is kept in memory, for they are few."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._entries = journal.entries(SCOPE)
+        self._known = {_key(entry) for entry in self._entries}
+
+    def note(self, entry: Json) -> bool:
+        """Make a decision durable, once; whether it is new. Raises AnytimedError where the journal cannot take it for
+        now: it is to be noted again."""
+        if _key(entry) in self._known:
+            return False
+        self._journal.append(SCOPE, entry)
+        self._known.add(_key(entry))
+        self._entries.append(entry)
+        return True
+
+    def of(self, kind: str) -> list[Json]:
+        return [entry for entry in self._entries if entry["kind"] == kind]
+
+    def interventions(self, step: int) -> list[Json]:
+        """The newest that concern a checkpoint of this step."""
+        return [entry for entry in self._entries if entry["step"] <= step][-TOLD:]
+
+    def jumped(self, batch: int) -> bool:
+        """Whether a batch, by its number, is passed over."""
+        return any(first <= batch <= last for first, last in self._spans())
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        for entry in self.of("jump"):
+            yield entry["first_batch"], entry["last_batch"]
+
+
+def _key(entry: Json) -> str:
+    return json.dumps(entry, sort_keys=True)
