@@ -166,13 +166,13 @@ def _read(path: Path, most: int) -> bytes | None:
     """A plain file of at most so many bytes; None for anything else. What lies there may be a pipe that never ends."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+                return None
+            with os.fdopen(file, "rb", closefd=False) as opened:
+                return opened.read(most)
+        finally:
+            os.close(file)
     except OSError:
         return None
-    with os.fdopen(file, "rb") as opened:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
-            return None
-        try:
-            return opened.read(most)
-        except OSError:
-            return None
