@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import threading
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -263,9 +265,48 @@ def test_bytes_that_change_under_an_open_journal_are_named(path: Path) -> None:
     with pytest.raises(CorruptError, match=rf"line {line}: was entry"):
         journal.entries("data")
         journal.entries("training")
+    os.truncate(path, 40)
+    with pytest.raises(CorruptError, match="line 3: was entry 3 of data"):
+        journal.entries("data", 2)
+    journal.close()
     path.unlink()
     with pytest.raises(AnytimedError, match="cannot be read: No such file"):
         journal.entries("data")
+
+
+def test_entries_are_read_where_no_file_can_be_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    journal = Journal(path)
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    assert_whole(journal)
+
+
+def test_entries_are_read_while_others_are_added_and_the_file_is_renewed(path: Path) -> None:
+    journal = Journal(path)
+    stop, wrong = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            if journal.entries("data", 100, 1_500) != ENTRIES["data"][100:1_500]:
+                wrong.append(True)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(20):
+            with (
+                faults.at_call(2, faults.error(errno.EIO), thread=threading.get_ident()),
+                contextlib.suppress(AnytimedError),
+            ):
+                journal.append("data", entry(number))
+            journal.append("data", entry(number))
+    finally:
+        stop.set()
+        reader.join()
+    assert not wrong and journal.entries("data", 1_800) == [entry(number) for number in range(20)]
 
 
 def test_a_long_journal_is_renewed_after_a_failed_fsync(path: Path) -> None:

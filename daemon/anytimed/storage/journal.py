@@ -33,6 +33,7 @@ CHECKED = "journal.checked"
 which bytes it is."""
 _MUCH_LINES, _MUCH_BYTES = 2_000, 1 << 20
 """What is worth a cache: it takes longer to check than the cache takes to read."""
+_READ_BYTES = 1 << 16
 _GROWTH = 32
 """While a journal grows the cache is written again after one part in so many: all of its writing together is a few
 hundred bytes a line."""
@@ -124,8 +125,8 @@ class Journal:
         with self._lock:
             if not self._closed:
                 self._save()
+                self._closed = True
                 os.close(self._file)
-            self._closed = True
 
     # --- within ---
 
@@ -147,18 +148,23 @@ class Journal:
         os.fsync(self._file)
 
     def _read(self, scope: str, start: int, stop: int | None) -> Iterator[tuple[str, Json]]:
-        """Digest and entry. By the path: the file in use is another one after `_renew`, with the same bytes."""
+        """Digest and entry."""
         upto = self.length(scope) if stop is None else min(stop, self.length(scope))
         if start >= upto:
             return
+        data, base = b"", 0
+        for n, (number, first, end) in enumerate(self._index.of(scope, start, upto), start + 1):
+            if not base <= first < end <= base + len(data):
+                data, base = self._bytes(first, max(end - first, _READ_BYTES)), first
+            yield stands(f"{self._path} line {number + 1}", data[first - base : end - base], scope, n)
+
+    def _bytes(self, at: int, count: int) -> bytes:
         try:
-            with self._path.open("rb", buffering=1 << 16) as file:
-                at = 0
-                for n, (number, first, end) in enumerate(self._index.of(scope, start, upto), start + 1):
-                    if first != at:
-                        file.seek(first)
-                    line, at = file.read(end - first), end
-                    yield stands(f"{self._path} line {number + 1}", line, scope, n)
+            if not self._closed:
+                return os.pread(self._file, count, at)  # needs no file descriptor: there may be none left
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(at)
+                return file.read(count)
         except OSError as error:
             raise AnytimedError(f"{self._path}: cannot be read: {error.strerror}") from error
 
@@ -181,14 +187,17 @@ class Journal:
                 copy.rename(self._path)
             fsync_folder(self._path.parent)
             file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                os.dup2(file, self._file, inheritable=False)  # for who is reading, it is the same number throughout
+            finally:
+                os.close(file)
         except OSError as error:
             raise AnytimedError(
                 f"{self._path}: closed after an earlier failure ({self._failed}), and no new file can take its place "
                 f"yet: {error.strerror}"
             ) from error
         log.warning("%s: a new file with all its entries, after an earlier failure (%s)", self._path, self._failed)
-        os.close(self._file)
-        self._file, self._failed = file, ""
+        self._failed = ""
 
     def _copy_durable(self, copy: Path) -> None:
         """The bytes that were durable into a new file, fsynced, if they still are what was written."""
