@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from anytimed.contracts import Json, chain
 from anytimed.data.digests import Digests
-from anytimed.data.fold import Fold, FoldFile, Gathered, gathered
+from anytimed.data.fold import Fold, Gathered, gathered
+from anytimed.data.fold_file import FoldFile
 from anytimed.storage.journal import Journal
 from anytimed.storage.journal_lines import made
 from tests.data.world import MemoryJournal
@@ -154,7 +155,7 @@ def test_few_decisions_of_many_rows_are_worth_a_fold(tmp_path: Path, file: Path)
 
 
 def test_any_damage_of_the_file_costs_time_only(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anytimed.data.fold._ENTRIES", 100)  # small folds are folds
+    monkeypatch.setattr("anytimed.data.fold_file._ENTRIES", 100)  # small folds are folds
     entries = ENTRIES[:500]
     journal = journal_of(tmp_path / "journal.jsonl", entries)
     restored(file, journal, len(entries))
@@ -252,6 +253,18 @@ def test_a_byte_that_rots_while_a_start_reads_is_found(journal: Journal, file: P
     flip(file, file.read_bytes().index(b'{"adopted"'))
     assert as_plain(gathered(folds.restore(6_000))) == plainly(ENTRIES[:6_000])
     assert restored(file, journal, 6_000) == plainly(ENTRIES[:6_000])
+
+
+def test_a_journal_that_cannot_be_read_ends_the_keeping_only(
+    journal: Journal, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folds = FoldFile(file, journal)
+    list(folds.restore(4_100))
+    size = file.stat().st_size
+    flip(journal.path, journal.path.read_bytes().rindex(b"mixture"))
+    for length in (7_000, len(ENTRIES)):
+        folds.keep(length)
+    assert "nothing more is kept: " in caplog.text and file.stat().st_size == size
 
 
 def test_a_fold_goes_through_bytes() -> None:
