@@ -476,8 +476,16 @@ class Journal(Protocol):
     def append(self, scope: str, entry: Json) -> None:
         """Durable when this returns. Thread-safe."""
 
-    def entries(self, scope: str) -> list[Json]:
-        """All entries of the scope, oldest first."""
+    def entries(self, scope: str, start: int = 0, stop: int | None = None) -> list[Json]:
+        """Entries of the scope, oldest first: those from index `start` (from 0) up to `stop`, all that follow if
+        None."""
+
+    def length(self, scope: str) -> int:
+        """How many entries the scope has."""
+
+    def digest(self, scope: str, length: int | None = None) -> str:
+        """The scope's `chain` after all entries, or after the first `length`; "" for none. IndexError beyond the
+        end."""
 
 
 def chain(digest: str, entry: Json) -> str:

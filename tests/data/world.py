@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from anytimed.contracts import (
     Stream,
     StreamUnavailable,
     Tokens,
+    chain,
     mixture_to_json,
 )
 from anytimed.data.pipeline import Pipeline
@@ -45,9 +47,17 @@ class MemoryJournal:
     def append(self, scope: str, entry: Json) -> None:
         self.told.append(json.dumps({"scope": scope, "entry": entry}))
 
-    def entries(self, scope: str) -> list[Json]:
+    def entries(self, scope: str, start: int = 0, stop: int | None = None) -> list[Json]:
         lines = [json.loads(line) for line in self.told]
-        return [line["entry"] for line in lines if line["scope"] == scope]
+        return [line["entry"] for line in lines if line["scope"] == scope][start:stop]
+
+    def length(self, scope: str) -> int:
+        return len(self.entries(scope))
+
+    def digest(self, scope: str, length: int | None = None) -> str:
+        if length is not None and not 0 <= length <= self.length(scope):
+            raise IndexError(length)
+        return reduce(chain, self.entries(scope, 0, length), "")
 
 
 class NumberTokenizer:

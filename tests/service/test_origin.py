@@ -14,13 +14,16 @@ import pytest
 
 from anytimed.config import CommitsTable
 from anytimed.contracts import AnytimedError, Refused
+from anytimed.data.fold_file import FoldFile
 from anytimed.service import origin
 from anytimed.service.origin import Origin, Sources
 from anytimed.storage.commits import Commit, Commits
+from anytimed.storage.journal import Journal
 from anytimed.storage.mirror import Mirror, TermTaken
 from anytimed.storage.mirror_reader import look
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.store import Store, StoreError
+from anytimed.storage.verify import verify_run
 from tests.storage import object_store
 from tests.storage.material import flip, snapshot, tree
 
@@ -289,3 +292,44 @@ def test_no_secret_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     machine.run.acquire()
     told = str(caught.value) + caplog.text + Mirror(Store(url, options), machine.run).url
     assert "hunter2" not in told and "s3cr3t" not in told
+
+
+def test_the_caches_of_a_journal_stay_here_and_count_for_theirs_only(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not mirrored, not verified, moved aside with their run; those that another journal left here are not believed."""
+    monkeypatch.setattr("anytimed.storage.journal._MUCH_LINES", 2)
+    monkeypatch.setattr("anytimed.data.fold_file._ENTRIES", 2)
+
+    def go_on(machine: Machine, steps: range) -> None:
+        journal = machine.start().journal
+        folds = FoldFile(machine.run.fold, journal)
+        list(folds.restore(journal.length("data")))
+        for step in steps:
+            machine.commit(step)
+            folds.keep(journal.length("data"))
+
+    def caches(run: Path) -> list[str]:
+        return sorted(p.name for p in run.iterdir() if p.name.startswith("journal"))
+
+    both = ["journal.checked", "journal.fold", "journal.jsonl"]
+    one = Machine(tmp_path / "run", url)
+    go_on(one, range(1, 9))
+    assert caches(one.run.path) == both
+    assert not [problem for found in verify_run(one.run.path) for problem in found.problems]
+    assert not [key for key in Store(url).list() if "checked" in key or "fold" in key]
+
+    strange = Machine(tmp_path / "strange", str(tmp_path / "another"))
+    go_on(strange, range(100, 120))
+    new = Machine(tmp_path / "new", url)
+    new.run.path.mkdir(mode=0o700)
+    for name in both[:2]:
+        shutil.copy(strange.run.path / name, new.run.path / name)
+    found = new.start().journal
+    drawn = [{"draw": step} for step in range(1, 9)]
+    assert found.entries("data") == drawn
+    assert [entry for fold in FoldFile(new.run.fold, found).restore(8) for entry in fold.others] == drawn
+    assert Journal(new.run.journal).digest("data") == one.origin.journal.digest("data")
+
+    assert one.start(fresh=True).journal.length("data") == 0
+    assert caches(tmp_path / "run.old-1") == both and caches(one.run.path) == ["journal.jsonl"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from anytimed.storage.commits import Commits
-from anytimed.storage.journal import Journal, check_lines
+from anytimed.storage.journal import Journal
+from anytimed.storage.journal_lines import check_lines
 from anytimed.storage.store import Store
 from anytimed.storage.verify import Checked, kind_of, verify_mirror, verify_published, verify_run
 from tests.storage.material import Site, content, flip, snapshot, tree

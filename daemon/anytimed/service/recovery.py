@@ -311,7 +311,7 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
             session.served = session.spool.served(published.id)
         session.published = {"step": published.step, "checkpoint": published.id, "time": published.created_s}
     if commit is None:
-        if journal.entries("data"):
+        if journal.length("data"):
             log.info("run %s in %s on %s: no commit yet, begins again by its journal", run.run_id, run.path, device)
         else:
             log.info("new run %s in %s on %s", run.run_id, run.path, device)

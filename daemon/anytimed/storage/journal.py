@@ -1,33 +1,42 @@
 """The journal: decisions that change the numbers, durable before they take effect.
 
 One JSON object a line: {"scope", "n", "digest", "entry", "crc"}; entries of a scope are numbered from 1 and chained
-by digest (`contracts.chain`), `crc` is the CRC-32 of the line before it. Opening reads and checks every line. A last
-line that never reached the disk as a whole is dropped and logged: its append never returned. Any other line that does
-not fit is refused, for replaying past it would train something else. An append is one write and one fsync under a
-lock. After a failed fsync the file is never written again: the next append first puts a copy of what was durable in
-its place.
+by digest (`contracts.chain`), `crc` is the CRC-32 of the line before it. Opening checks every line, or, of what was
+checked before, that its bytes are the same (`journal_index`). A last line that never reached the disk as a whole is
+dropped and logged: its append never returned. Any other line that does not fit is refused, for replaying past it would
+train something else. An append is one write and one fsync under a lock. After a failed fsync the file is never written
+again: the next append first puts a copy of what was durable in its place.
+
+Memory holds where each line stands, 12 bytes a line; entries are read from the file when they are asked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import threading
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from anytimed.contracts import AnytimedError, Json, Refused, chain
+from anytimed.contracts import AnytimedError, Json, chain
 
-from .durable import fsync_folder, write_all, write_durably
+from .durable import CHUNK_BYTES, beside, fsync_folder, write_all
+from .journal_index import Index
+from .journal_lines import LINE_BYTES, checked, lines, made, stands, torn
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 512
-"""Disks write no less at a time."""
-_LINE_BYTES = 256 << 20
-"""The longest entry: the names of a million files that were found at once."""
+CHECKED = "journal.checked"
+"""The name of the cache, in the folder of the journal. A journal that is tried beside another shares it: it says of
+which bytes it is."""
+_MUCH_LINES, _MUCH_BYTES = 2_000, 1 << 20
+"""What is worth a cache: it takes longer to check than the cache takes to read."""
+_READ_BYTES = 1 << 16
+_GROWTH = 32
+"""While a journal grows the cache is written again after one part in so many: all of its writing together is a few
+hundred bytes a line."""
 
 
 class Journal:
@@ -37,20 +46,20 @@ class Journal:
         """Opens or creates. Raises Refused naming the first line that is broken; OSError."""
         self._path = path
         self._lock = threading.Lock()
-        self._entries: dict[str, list[str]] = {}
-        self._digests: dict[str, list[str]] = {}
         self._failed = ""
         self._closed = False
-        self._crc = 0
         new = not path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if new:
                 fsync_folder(path.parent)
-            self._size = self._load()
+            self._index = Index.load(self._cache, path)
+            self._cached = self._index.lines, self._index.size
+            self._load()
         except BaseException:
             os.close(self._file)
             raise
+        self._save()
 
     @property
     def path(self) -> Path:
@@ -60,24 +69,23 @@ class Journal:
     def size(self) -> int:
         """Bytes of the file that are durable: whole lines, and what stands there never changes."""
         with self._lock:
-            return self._size
+            return self._index.size
 
     def append(self, scope: str, entry: Json) -> None:
         """Durable when this returns. Raises AnytimedError where it cannot be made so for now; the entry then does not
         count, and may be appended again later."""
-        # What is kept is what a later reader gets back: JSON turns tuples into lists and keys into texts.
+        # What is chained is what a later reader gets back: JSON turns tuples into lists and keys into texts.
         text = json.dumps(entry, separators=(",", ":"))
         with self._lock:
             if self._closed:
                 raise AnytimedError(f"{self._path}: closed; no entry can be added")
             if self._failed:
                 self._renew()
-            digest = chain(self.digest(scope), json.loads(text))
-            told = {"scope": scope, "n": self.length(scope) + 1, "digest": digest}
-            body = f'{json.dumps(told, separators=(",", ":"))[:-1]},"entry":{text}'.encode()
-            line = body + b',"crc":%d}\n' % zlib.crc32(body)
-            if len(line) > _LINE_BYTES:
-                raise AnytimedError(f"{self._path}: an entry of {len(line)} bytes; the most is {_LINE_BYTES}")
+            length, before = self._index.last(scope)
+            digest = chain(before, json.loads(text))
+            line = made(scope, length + 1, digest, text)
+            if len(line) > LINE_BYTES:
+                raise AnytimedError(f"{self._path}: an entry of {len(line)} bytes; the most is {LINE_BYTES}")
             try:
                 write_all(self._file, memoryview(line))
             except OSError as error:
@@ -90,138 +98,129 @@ class Journal:
                 self._failed = f"fsync: {error.strerror}"
                 self._take_back(error)
                 raise AnytimedError(f"{self._path}: entry not durable: {error.strerror}") from error
-            self._size += len(line)
-            self._crc = zlib.crc32(line, self._crc)
-            self._remember(scope, text, digest)
+            self._index.add(scope, digest, line)
+            self._save(_GROWTH)
 
-    def entries(self, scope: str) -> list[Json]:
-        """All entries of the scope, oldest first; copies."""
-        return [json.loads(text) for text in self._entries.get(scope, [])]
+    def entries(self, scope: str, start: int = 0, stop: int | None = None) -> list[Json]:
+        """Entries of the scope, oldest first: those from index `start` (from 0) up to `stop`, all that follow if None.
+        Read from the file now. Raises AnytimedError where that cannot be done, CorruptError where a line is not what
+        it was when it was checked."""
+        return [entry for _, entry in self._read(scope, start, stop)]
 
     def length(self, scope: str) -> int:
         """How many entries the scope has."""
-        return len(self._entries.get(scope, []))
+        return self._index.last(scope)[0]
 
     def digest(self, scope: str, length: int | None = None) -> str:
-        """The scope's digest after all entries, or after the first `length`; "" for none."""
-        digests = self._digests.get(scope, [])
-        upto = len(digests) if length is None else length
-        if not 0 <= upto <= len(digests):
-            raise IndexError(f"scope {scope} has {len(digests)} entries, asked for the digest after {length}")
-        return digests[upto - 1] if upto else ""
+        """The scope's digest after all entries, or after the first `length`; "" for none. Raises as `entries`."""
+        found, digest = self._index.last(scope)
+        if length is None or length == found:
+            return digest
+        if not 0 <= length <= found:
+            raise IndexError(f"scope {scope} has {found} entries, asked for the digest after {length}")
+        return next((digest for digest, _ in self._read(scope, length - 1, length)), "") if length else ""
 
     def close(self) -> None:
-        """No append after this."""
+        """No append after this; entries can still be read."""
         with self._lock:
             if not self._closed:
+                self._save()
+                self._closed = True
                 os.close(self._file)
-            self._closed = True
 
     # --- within ---
 
-    def _load(self) -> int:
-        """Read and check all lines; the size of the file after what was torn has been cut off."""
-        at = 0
-        for number, line, last in _lines(self._path):
-            if last and _torn(line, at):
+    @property
+    def _cache(self) -> Path:
+        return self._path.with_name(CHECKED)
+
+    def _load(self) -> None:
+        """Read and check all lines that the index does not hold yet; cut off what was torn."""
+        index = self._index
+        for number, line, last in lines(self._path, index.size, index.lines):
+            if last and torn(line, index.size):
                 log.warning("%s: line %d was torn by a crash and is dropped (%d bytes)", self._path, number, len(line))
-                os.ftruncate(self._file, at)
+                os.ftruncate(self._file, index.size)
                 break
-            scope, entry, digest = _checked(f"{self._path} line {number}", line, self._ends)
-            self._remember(scope, json.dumps(entry, separators=(",", ":")), digest)
-            at += len(line)
-            self._crc = zlib.crc32(line, self._crc)
+            scope, digest = checked(f"{self._path} line {number}", line, index.last)
+            index.add(scope, digest, line)
         # A process that was killed between write and fsync leaves a whole line that is in memory only.
         os.fsync(self._file)
-        return at
+
+    def _read(self, scope: str, start: int, stop: int | None) -> Iterator[tuple[str, Json]]:
+        """Digest and entry."""
+        upto = self.length(scope) if stop is None else min(stop, self.length(scope))
+        if start >= upto:
+            return
+        data, base = b"", 0
+        for n, (number, first, end) in enumerate(self._index.of(scope, start, upto), start + 1):
+            if not base <= first < end <= base + len(data):
+                data, base = self._bytes(first, max(end - first, _READ_BYTES)), first
+            yield stands(f"{self._path} line {number + 1}", data[first - base : end - base], scope, n)
+
+    def _bytes(self, at: int, count: int) -> bytes:
+        try:
+            if not self._closed:
+                return os.pread(self._file, count, at)  # needs no file descriptor: there may be none left
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(at)
+                return file.read(count)
+        except OSError as error:
+            raise AnytimedError(f"{self._path}: cannot be read: {error.strerror}") from error
+
+    def _save(self, growth: int = 0) -> None:
+        """Write the cache again where the one that stands spares too little; of a long journal that is growing, where
+        it grew by one part in `growth` since."""
+        now = self._index.lines, self._index.size
+        for found, cached, much in zip(now, self._cached, (_MUCH_LINES, _MUCH_BYTES), strict=True):
+            if found - cached > much + (found // growth if growth else 0):
+                self._index.save(self._cache)
+                self._cached = now
+                return
 
     def _renew(self) -> None:
         """After a failure that leaves the file's state unknown: a new file with the lines that were durable, byte for
         byte, takes its place. Raises AnytimedError where that cannot be done for now."""
         try:
-            with self._path.open("rb") as old:
-                durable = old.read(self._size)
-            if len(durable) != self._size or zlib.crc32(durable) != self._crc:
-                raise AnytimedError(
-                    f"{self._path}: closed after an earlier failure ({self._failed}), and its first {self._size} bytes "
-                    "are no longer what was written; look at the disk, and restart to go on"
-                )
-            write_durably(self._path, durable)
+            with beside(self._path) as copy:
+                self._copy_durable(copy)
+                copy.rename(self._path)
+            fsync_folder(self._path.parent)
             file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                os.dup2(file, self._file, inheritable=False)  # for who is reading, it is the same number throughout
+            finally:
+                os.close(file)
         except OSError as error:
             raise AnytimedError(
                 f"{self._path}: closed after an earlier failure ({self._failed}), and no new file can take its place "
                 f"yet: {error.strerror}"
             ) from error
         log.warning("%s: a new file with all its entries, after an earlier failure (%s)", self._path, self._failed)
-        os.close(self._file)
-        self._file, self._failed = file, ""
+        self._failed = ""
 
-    def _ends(self, scope: str) -> tuple[int, str]:
-        return self.length(scope), self.digest(scope)
-
-    def _remember(self, scope: str, text: str, digest: str) -> None:
-        self._entries.setdefault(scope, []).append(text)
-        self._digests.setdefault(scope, []).append(digest)
+    def _copy_durable(self, copy: Path) -> None:
+        """The bytes that were durable into a new file, fsynced, if they still are what was written."""
+        size, digest, left = self._index.size, hashlib.sha256(), self._index.size
+        file = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with self._path.open("rb") as old:
+                while left and (chunk := old.read(min(CHUNK_BYTES, left))):
+                    digest.update(chunk)
+                    write_all(file, memoryview(chunk))
+                    left -= len(chunk)
+            if left or digest.digest() != self._index.sha256.digest():
+                raise AnytimedError(
+                    f"{self._path}: closed after an earlier failure ({self._failed}), and its first {size} bytes "
+                    "are no longer what was written; look at the disk, and restart to go on"
+                )
+            os.fsync(file)
+        finally:
+            os.close(file)
 
     def _take_back(self, error: OSError) -> None:
         """Cut off what a failed append left, so that the next one starts a line of its own."""
         try:
-            os.ftruncate(self._file, self._size)
+            os.ftruncate(self._file, self._index.size)
         except OSError:
             self._failed = self._failed or f"write: {error.strerror}"
-
-
-def check_lines(path: Path) -> tuple[int, int]:
-    """Check every line of a journal, without opening it for anything else: bytes that are whole, bytes at the end that
-    are no whole line. Raises Refused naming the first line that is broken; OSError."""
-    ends: dict[str, tuple[int, str]] = {}
-    whole = 0
-    for number, line, last in _lines(path):
-        if last and _torn(line, whole):
-            return whole, len(line)
-        scope, _, digest = _checked(f"{path} line {number}", line, lambda scope: ends.get(scope, (0, "")))
-        ends[scope] = ends.get(scope, (0, ""))[0] + 1, digest
-        whole += len(line)
-    return whole, 0
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
-    """Number from 1, line, and whether it is the last, of the file as long as it is now: it may be growing."""
-    with path.open("rb") as file:
-        left = os.fstat(file.fileno()).st_size
-        number = 0
-        while left and (line := file.readline(min(left, _LINE_BYTES))):
-            left -= len(line)
-            number += 1
-            yield number, line, not left
-
-
-def _torn(line: bytes, at: int) -> bool:
-    """A crash leaves a line without its end, a power cut zero bytes where a block never arrived. A whole entry with
-    another byte in place of its end, or a zero elsewhere, was damaged later, and may have taken effect: not torn."""
-    zero = line.find(b"\0")
-    if zero == 0 or (zero > 0 and (at + zero) % _BLOCK_BYTES == 0):
-        return True
-    body, _, crc = line[:-2].rpartition(b',"crc":')
-    return not line.endswith(b"\n") and crc != b"%d" % zlib.crc32(body)
-
-
-def _checked(where: str, line: bytes, ends: Callable[[str], tuple[int, str]]) -> tuple[str, Json, str]:
-    """Scope, entry and digest of a line that goes on where its scope ends (`ends`: length and digest of a scope)."""
-    hint = "restore the file from a copy, or start over with --fresh"
-    try:
-        told = json.loads(line)
-        scope, n, found, entry = told["scope"], told["n"], told["digest"], told["entry"]
-        if zlib.crc32(line.rpartition(b',"crc":')[0]) != told["crc"]:
-            raise ValueError(f"its bytes have another checksum than {told['crc']}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(f"{where}: no journal entry ({str(error)[:200]}); {hint}") from error
-    length, digest = ends(scope)
-    expected = chain(digest, entry)
-    if n != length + 1 or found != expected:
-        raise Refused(
-            f"{where}: entry {n} of {scope} with digest {found}; expected entry {length + 1} "
-            f"with {expected}; the chain is broken: {hint}"
-        )
-    return scope, entry, found

@@ -68,6 +68,12 @@ class RunDirectory:
         return self.path / "journal.jsonl"
 
     @property
+    def fold(self) -> Path:
+        """What the journal's data decisions come to, as a start needs it. A cache, as `journal.checked` is: neither is
+        mirrored or verified, and both may be deleted at any time."""
+        return self.path / "journal.fold"
+
+    @property
     def commits(self) -> Path:
         return self.path / "commits"
 

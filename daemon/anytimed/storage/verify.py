@@ -20,7 +20,7 @@ from anytimed.contracts import AnytimedError, CorruptError, Json, Refused
 
 from .commit import MANIFEST, NAME, Damaged, read_commit
 from .durable import digest_of
-from .journal import check_lines
+from .journal_lines import check_lines
 from .listing import finished, folders, manifest_key, published_ids, read_published
 from .manifest import (
     CHECKPOINTS,
