@@ -129,16 +129,17 @@ def test_every_form_gives_what_encoding_one_by_one_gives(
 def test_order_is_kept_under_uneven_loads(both: tuple[Tokenizer, list[Tokenizing]]) -> None:
     tokenizer, forms = both
     draw = random.Random(5)
-    lengths = [draw.choice([0, 1, 30, 1000, 40_000]) for _ in range(400)] + [3 * PIECE_CHARACTERS, PIECE_CHARACTERS]
+    lengths = [draw.choice([0, 1, 30, 300, 10_000]) for _ in range(200)] + [PIECE_CHARACTERS]
     draw.shuffle(lengths)
     texts = [("the thesis é " * (length // 13 + 1))[:length] + str(i) for i, length in enumerate(lengths)]
     cuts = sorted(draw.sample(range(len(texts)), 30))
     batches = [texts[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+    expected = [[tokenizer.encode(text).tolist() for text in batch] for batch in batches]
     for form in forms:
         pending = [form.submit(batch) for batch in batches]
         for i in draw.sample(range(len(batches)), len(batches)):
-            expect(tokenizer, batches[i], pending[i].result())
-            expect(tokenizer, batches[i], pending[i].result())
+            for _ in range(2):  # and asked again
+                assert [tokens.tolist() for tokens in pending[i].result()] == expected[i]
 
 
 @given(st.lists(st.integers(0, 3 * PIECE_CHARACTERS)))
@@ -229,7 +230,7 @@ def test_other_numbers_are_another_tokenizer(troubled: Any) -> None:
 def test_killed_workers_lose_nothing(both: tuple[Tokenizer, list[Tokenizing]]) -> None:
     tokenizer, (_, _, pool) = both
     assert isinstance(pool, WorkerPool)
-    texts = [f"{i} the theme of the thesis " * 800 for i in range(120)]
+    texts = [f"{i} the theme of the thesis " * 400 for i in range(120)]
     expected = [tokenizer.encode(text) for text in texts]
     before = pool.replaced
     for round_ in range(4):

@@ -39,7 +39,7 @@ from anytimed.contracts import (
     Tokenizer,
     Tokens,
 )
-from anytimed.data.encoding import Rebuild, encode_all, identity
+from anytimed.data.encoding import Rebuild, encode_all, identity, return_memory
 
 HEADER = struct.Struct("=IIQ")
 BUILD, TEXTS, BUILT, TOKENS, FAILED = range(1, 6)
@@ -122,31 +122,32 @@ def serve(connection: socket.socket) -> NoReturn:
     received: SimpleQueue[Frame] = SimpleQueue()
     replies: SimpleQueue[bytes] = SimpleQueue()
     Thread(target=_ending, args=(_receive, connection, received), daemon=True).start()
-    _, _, body = received.get()
-    tokenizer, answer = _built(body.tobytes())
+    tokenizer, answer = _built(received.get())
+    return_memory()
     # before any piece is begun, and before another thread sends: a piece that ends this process is no failed start
     with contextlib.suppress(OSError):
         connection.sendall(answer)
     Thread(target=_ending, args=(_send, connection, replies), daemon=True).start()
     while True:
-        _, count, body = received.get()
-        if tokenizer is not None:  # else the daemon is about to close the socket
-            replies.put(_reply(tokenizer, texts_of(count, body)))
+        if tokenizer is None:  # the daemon is about to close the socket
+            received.get()
+        else:
+            replies.put(_reply(tokenizer, received.get()))  # nothing of a long text is kept here meanwhile
 
 
-def _built(told: bytes) -> tuple[Tokenizer | None, bytes]:
+def _built(frame: Frame) -> tuple[Tokenizer | None, bytes]:
     """The tokenizer, and the frame that says what it is or why there is none."""
     try:
-        tokenizer = Rebuild.from_json(json.loads(told)).build()
+        tokenizer = Rebuild.from_json(json.loads(frame[2].tobytes())).build()
         return tokenizer, json_frame(BUILT, identity(tokenizer))
     except BaseException as error:  # noqa: BLE001 - raised again in the daemon
         return None, failed_frame(error)
 
 
-def _reply(tokenizer: Tokenizer, texts: Sequence[str]) -> bytes:
+def _reply(tokenizer: Tokenizer, frame: Frame) -> bytes:
     tokens: Sequence[Tokens] = ()
     try:
-        tokens, error = encode_all(tokenizer, texts)
+        tokens, error = encode_all(tokenizer, texts_of(*frame[1:]))
         return tokens_frame(tokens) if error is None else failed_frame(error, len(tokens))
     except BaseException as error:  # noqa: BLE001 - raised again in the daemon; a panic of a native library is no Exception
         return failed_frame(error, len(tokens))
@@ -167,6 +168,7 @@ def _receive(connection: socket.socket, received: SimpleQueue[Frame]) -> None:
         if not _filled(connection, body.data):
             return
         received.put((kind, count, body))
+        del body
 
 
 def _filled(connection: socket.socket, buffer: memoryview) -> bool:
