@@ -6,6 +6,7 @@ usual name that is in the vocabulary. `save` copies the files as they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -52,12 +53,21 @@ class HuggingFaceTokenizer:
         # a document is encoded whole and as it is, whatever its length
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
+        """SHA-256 (hex) of the tokenizer.json that was read."""
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.end_token = self._find_end(settings.end_token)
 
     def encode(self, text: str) -> Tokens:
         """Token ids, shape (n,), without the tokens that a template would add around them."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """As `encode` of each, by the library's own threads and without the GIL (TOKENIZERS_PARALLELISM=false: by
+        this one)."""
+        # the fast form leaves out where in the text each token stood: a fifth of the time
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.fromiter(ids := one.ids, np.int32, len(ids)) for one in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text, special tokens included."""
