@@ -196,6 +196,7 @@ def learner_of(parts: Parts, device: Device) -> Learner:
         device,
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.data.micro_batch_size,
+        end_token=parts.tokenizer.end_token if config.data.mask_documents else None,
         clip_grad_norm=config.training.clip_grad_norm or None,
         evaluation_batch_size=config.evaluation.batch_size,
         compile=config.run.compile,

@@ -24,7 +24,10 @@ EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Learner:
-    """Takes steps and gives out copies. One thread uses it."""
+    """Takes steps and gives out copies. One thread uses it.
+
+    end_token: given where attention stays within documents, of which it is the last token; evaluation needs none, for
+    its rows hold one record each."""
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class Learner:
         *,
         sequence_length: int,
         micro_batch_size: int | None = None,
+        end_token: int | None = None,
         clip_grad_norm: float | None = None,
         evaluation_batch_size: int = 16,
         compile: bool = False,
@@ -45,6 +49,7 @@ class Learner:
         self.skipped = 0
         self._forward = torch.compile(module) if compile else module
         self._micro, self._clip, self._length = micro_batch_size, clip_grad_norm, sequence_length
+        self._end_token = end_token
         self._named = dict(module.named_parameters())
         self._unread: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._evaluator = Evaluator(
@@ -63,7 +68,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for part in torch.split(tokens, self._micro or len(tokens)):
             with self.device.autocast():
-                mean = self.model.losses(self._forward, part).sum() / targets
+                mean = self.model.losses(self._forward, part, self._documents(part)).sum() / targets
             mean.backward()  # type: ignore[no-untyped-call]
             loss = loss + mean.detach()
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
@@ -76,12 +81,21 @@ class Learner:
         self.tokens += targets
         self._unread.append((self.step_count, loss, norm.detach(), finite))
 
+    def _documents(self, tokens: Tensor) -> Tensor | None:
+        """Which document each input belongs to, (batch, length) int32: the end tokens before it in its row. None where
+        attention does not ask. tokens: (batch, length + 1)."""
+        if self._end_token is None:
+            return None
+        ends = tokens[:, :-1] == self._end_token
+        return ends.cumsum(1, dtype=torch.int32) - ends.int()
+
     def compile_now(self, batch_size: int) -> None:
         """Compile forward and backward before the first step, which would look like a hang otherwise. Nothing changes:
         the gradient of a batch of zeros is dropped."""
         zeros = torch.zeros(self._micro or batch_size, self._length + 1, dtype=torch.long)
+        zeros = zeros.to(self.device.torch_device)
         with self.device.autocast():
-            loss = self.model.losses(self._forward, zeros.to(self.device.torch_device)).sum()
+            loss = self.model.losses(self._forward, zeros, self._documents(zeros)).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -1,0 +1,245 @@
+"""Attention within documents: a row that holds several says what each would alone, whichever kernel keeps them apart.
+
+What is compiled needs a C++ compiler (apt-get install g++), and skips without one; what runs on CUDA skips without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention
+from transformers import AutoModelForCausalLM
+
+from anytimed_adapters.models import documents as within
+from anytimed_adapters.models import flex
+from anytimed_adapters.models.llama import Llama, LlamaModel
+
+VOCAB, LENGTH = 61, 40
+STARTS = ((0, 1, 9, 30), (0, 20))
+"""Where documents begin in two rows; the first document of the first row is a single token."""
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler: apt-get install g++"
+)
+needs_cuda = pytest.mark.skipif(
+    not within.flex_by_itself("cuda", 16) or not torch.cuda.is_available(), reason="no CUDA with Triton"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The compiler's files go with the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+def model(**changes: object) -> LlamaModel:
+    """Heads of 16, the narrowest that FlexAttention has on CUDA, three to a key head."""
+    return LlamaModel(
+        LlamaModel.Settings.model_validate({"hidden_size": 96, "layers": 2, "heads": 6, "kv_heads": 2, **changes})
+    )
+
+
+def built(ours: LlamaModel, *, kernel: bool | None = None, device: str = "cpu") -> Llama:
+    """Weights larger than at initialisation, so that a token that is seen shows. kernel: `Decoder.flex`."""
+    torch.manual_seed(3)
+    module = ours.build(VOCAB)
+    assert isinstance(module, Llama)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    module.model.flex = kernel
+    return module.to(device)
+
+
+def packed(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Tokens (2, LENGTH + 1) and documents (2, LENGTH)."""
+    tokens = torch.randint(0, VOCAB, (len(STARTS), LENGTH + 1), generator=torch.Generator().manual_seed(5))
+    numbers = torch.zeros(len(STARTS), LENGTH, dtype=torch.int32)
+    for row, starts in enumerate(STARTS):
+        for start in starts[1:]:
+            numbers[row, start:] += 1
+    return tokens.to(device), numbers.to(device)
+
+
+def gradients(losses: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    module.zero_grad()
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 2e-5) -> None:
+    """Gradients agree by the largest element of each: sums over the same terms in float32, in another order, 80 tokens
+    long and three layers deep."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).abs().max() / gradient.abs().max()) < tolerance, name
+
+
+def test_positions_begin_anew_in_each_document() -> None:
+    _, numbers = packed()
+    for row, starts in zip(within.positions(numbers).tolist(), STARTS, strict=True):
+        ends = (*starts[1:], LENGTH)
+        assert row == [at for start, end in zip(starts, ends, strict=True) for at in range(end - start)]
+
+
+@pytest.mark.parametrize("shape", [{}, {"kv_heads": 6}, {"kv_heads": 1, "tie_embeddings": False}])
+def test_a_packed_row_says_what_each_document_says_alone(shape: dict[str, object]) -> None:
+    ours = model(**shape)
+    module = built(ours)
+    tokens, numbers = packed()
+    together = ours.losses(module, tokens, numbers)
+    alone = torch.zeros_like(together)
+    for row, starts in enumerate(STARTS):
+        for start, end in zip(starts, (*starts[1:], LENGTH), strict=True):
+            alone[row, start:end] = ours.losses(module, tokens[row : row + 1, start : end + 1])[0]
+    # Losses of about 5 from products in tiles of other shapes: 40 units in the last place.
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+    close(gradients(together, module), gradients(alone, module))
+    unmasked = ours.losses(module, tokens)
+    assert float((unmasked - together)[:, 25:].abs().max()) > 0.01, "the documents do change what is seen"
+
+
+def test_one_document_a_row_is_plain_causal_attention() -> None:
+    ours = model()
+    module = built(ours)
+    tokens, numbers = packed()
+    # As above; a mask is another kernel than `is_causal`.
+    torch.testing.assert_close(
+        ours.losses(module, tokens, torch.full_like(numbers, 7)), ours.losses(module, tokens), atol=2e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@torch.no_grad()
+def test_an_earlier_document_leaves_no_trace(kernel: bool) -> None:
+    if kernel and needs_compiler.args[0]:
+        pytest.skip(needs_compiler.kwargs["reason"])
+    ours = model()
+    module = built(ours, kernel=kernel)
+    tokens, numbers = packed()
+    before = ours.losses(module, tokens, numbers)
+    other = tokens.clone()
+    other[0, 9:30] = (other[0, 9:30] + 17) % VOCAB
+    after = ours.losses(module, other, numbers)
+    assert torch.equal(before[0, 30:], after[0, 30:])
+    assert torch.equal(before[0, :8], after[0, :8]), "nor a later one; 8 predicts the token that changed"
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[0, 9:30], after[0, 9:30])
+
+
+def test_hugging_face_computes_the_same_logits_of_a_packed_row(tmp_path: Path) -> None:
+    ours = model(rope_theta=5000.0)
+    module = built(ours)
+    save_file({n: p.detach() for n, p in module.named_parameters()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(ours.hf_config(VOCAB, 0)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens, numbers = packed()
+    at, seen = torch.zeros_like(numbers), torch.zeros(len(STARTS), 1, LENGTH, LENGTH, dtype=torch.bool)
+    for row, starts in enumerate(STARTS):  # said in another way than ours
+        for start, end in zip(starts, (*starts[1:], LENGTH), strict=True):
+            at[row, start:end] = torch.arange(end - start)
+            seen[row, 0, start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    with torch.no_grad():
+        expected = theirs(tokens[:, :-1], position_ids=at, attention_mask=seen).logits
+        # float32 products in another order; logits are of order 10, so 1e-4 is about 100 units in the last place
+        torch.testing.assert_close(module(tokens[:, :-1], numbers), expected, atol=1e-4, rtol=0)
+
+
+@needs_compiler
+def test_a_compiled_module_takes_documents() -> None:
+    """One graph, backward included; `compiled` is called as the learner calls it."""
+    ours = model()
+    module = built(ours)
+    compiled = torch.compile(module, fullgraph=True)
+    tokens, numbers = packed()
+    expected = ours.losses(module, tokens, numbers)
+    found = ours.losses(compiled, tokens, numbers)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)  # fused sums are rounded otherwise
+    close(gradients(found, module), gradients(expected, module))
+    # Other documents in the same graph, and none at all.
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        ours.losses(compiled, tokens, numbers.flip(0).contiguous())
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    torch.testing.assert_close(ours.losses(compiled, tokens), ours.losses(module, tokens), atol=2e-5, rtol=0)
+
+
+# --- FlexAttention ----------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@torch.no_grad()
+def test_flex_attention_says_the_same_compiled() -> None:
+    """All of the way that CUDA takes but its kernel, and the backward pass, which no CPU has."""
+    ours = model()
+    tokens, numbers = packed()
+    expected = ours.losses(built(ours, kernel=False), tokens, numbers)
+    module = built(ours, kernel=True)
+    for run in (module, torch.compile(module, fullgraph=True)):
+        # float32 in an online softmax; as above
+        torch.testing.assert_close(ours.losses(run, tokens, numbers), expected, atol=2e-5, rtol=0)
+
+
+@needs_compiler
+def test_the_block_mask_is_that_of_the_pairs() -> None:
+    """Over several blocks of 128, with a document over more than one: skipped and whole blocks are there too."""
+    numbers = torch.zeros(2, 600, dtype=torch.int32)
+    numbers[0, 10:] += 1
+    numbers[0, 410:] += 1
+    mask = flex.block_mask(numbers)
+    seen = within.additive_mask(numbers, torch.float32) == 0
+    blocks = torch.nn.functional.pad(seen, (0, 40, 0, 40)).unflatten(3, (5, 128)).unflatten(2, (5, 128))
+    assert torch.equal(mask.to_dense().bool(), blocks.any(dim=(3, 5)))
+    assert mask.full_kv_num_blocks is not None and int(mask.full_kv_num_blocks.sum()) > 0
+
+
+def test_flex_attention_has_the_same_gradients_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager, torch writes every score out, and has the backward pass on a CPU too, though it refuses to be asked."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "_flex_attention", flex_attention.flex_attention)
+    monkeypatch.setattr(flex, "_create_block_mask", flex_attention.create_block_mask)
+    ours = model()
+    tokens, numbers = packed()
+    found, expected = built(ours, kernel=True), built(ours, kernel=False)
+    close(
+        gradients(ours.losses(found, tokens, numbers), found),
+        gradients(ours.losses(expected, tokens, numbers), expected),
+    )
+
+
+def test_who_takes_flex_attention_is_decided_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(within.importlib.util, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(within.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert within.flex_by_itself("cuda", 16)
+    assert not within.flex_by_itself("cuda", 8), "narrower than its tiles"
+    assert not within.flex_by_itself("cpu", 16)
+    monkeypatch.setattr(within.shutil, "which", lambda name: None)
+    assert not within.flex_by_itself("cuda", 16), "Triton has no C compiler to build its launcher with"
+
+
+@needs_cuda
+@pytest.mark.parametrize("whole", [False, True], ids=["by itself", "in a compiled module"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_flex_attention_says_the_same_on_cuda(whole: bool, precision: str) -> None:
+    """Losses and gradients against SDPA with a mask on the same device."""
+    ours = model()
+    tokens, numbers = packed("cuda")
+    found, expected = built(ours, device="cuda"), built(ours, kernel=False, device="cuda")
+    run = torch.compile(found) if whole else found
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        losses, theirs = ours.losses(run, tokens, numbers), ours.losses(expected, tokens, numbers)
+    # float32: Triton's products may be TF32, 10 bits; bfloat16: 8 bits, rounded at other places. Losses of about 5.
+    loose = 5e-3 if precision == "float32" else 1e-1
+    torch.testing.assert_close(losses, theirs, atol=loose, rtol=0)
+    close(gradients(losses, found), gradients(theirs, expected), tolerance=loose)
