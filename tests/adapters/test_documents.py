@@ -25,6 +25,8 @@ from anytimed_adapters.models.llama import Llama, LlamaModel
 VOCAB, LENGTH = 61, 40
 STARTS = ((0, 1, 9, 30), (0, 20))
 """Where documents begin in two rows; the first document of the first row is a single token."""
+FEW_BLOCKS = 10
+"""Times as long, FlexAttention has 4 x 4 blocks of 128, of which it skips some."""
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler: apt-get install g++"
@@ -61,13 +63,14 @@ def built(ours: LlamaModel, *, kernel: bool | None = None, device: str = "cpu") 
     return module.to(device)
 
 
-def packed(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Tokens (2, LENGTH + 1) and documents (2, LENGTH)."""
-    tokens = torch.randint(0, VOCAB, (len(STARTS), LENGTH + 1), generator=torch.Generator().manual_seed(5))
-    numbers = torch.zeros(len(STARTS), LENGTH, dtype=torch.int32)
+def packed(times: int = 1, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Tokens (2, times LENGTH + 1) and documents (2, times LENGTH), which begin at `times` STARTS."""
+    length = times * LENGTH
+    tokens = torch.randint(0, VOCAB, (len(STARTS), length + 1), generator=torch.Generator().manual_seed(5))
+    numbers = torch.zeros(len(STARTS), length, dtype=torch.int32)
     for row, starts in enumerate(STARTS):
         for start in starts[1:]:
-            numbers[row, start:] += 1
+            numbers[row, times * start :] += 1
     return tokens.to(device), numbers.to(device)
 
 
@@ -106,7 +109,7 @@ def test_a_packed_row_says_what_each_document_says_alone(shape: dict[str, object
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
     close(gradients(together, module), gradients(alone, module))
     unmasked = ours.losses(module, tokens)
-    assert float((unmasked - together)[:, 25:].abs().max()) > 0.01, "the documents do change what is seen"
+    assert float((unmasked - together).detach()[:, 25:].abs().max()) > 0.01, "the documents do change what is seen"
 
 
 def test_one_document_a_row_is_plain_causal_attention() -> None:
@@ -119,22 +122,24 @@ def test_one_document_a_row_is_plain_causal_attention() -> None:
     )
 
 
-@pytest.mark.parametrize("kernel", [False, True])
 @torch.no_grad()
-def test_an_earlier_document_leaves_no_trace(kernel: bool) -> None:
-    if kernel and needs_compiler.args[0]:
-        pytest.skip(needs_compiler.kwargs["reason"])
-    ours = model()
-    module = built(ours, kernel=kernel)
-    tokens, numbers = packed()
+def leaves_no_trace(ours: LlamaModel, module: Llama, times: int) -> None:
+    """Losses do not change by a bit where another document changes, before or after theirs."""
+    tokens, numbers = packed(times)
     before = ours.losses(module, tokens, numbers)
-    other = tokens.clone()
-    other[0, 9:30] = (other[0, 9:30] + 17) % VOCAB
+    other, start, end = tokens.clone(), 9 * times, 30 * times
+    other[0, start:end] = (other[0, start:end] + 17) % VOCAB
     after = ours.losses(module, other, numbers)
-    assert torch.equal(before[0, 30:], after[0, 30:])
-    assert torch.equal(before[0, :8], after[0, :8]), "nor a later one; 8 predicts the token that changed"
+    assert torch.equal(before[0, end:], after[0, end:])
+    assert torch.equal(before[0, : start - 1], after[0, : start - 1]), "start - 1 predicts a token that changed"
     assert torch.equal(before[1], after[1])
-    assert not torch.equal(before[0, 9:30], after[0, 9:30])
+    assert not torch.equal(before[0, start:end], after[0, start:end])
+
+
+def test_another_document_leaves_no_trace() -> None:
+    ours = model()
+    leaves_no_trace(ours, built(ours), 1)
+    leaves_no_trace(ours, built(ours), FEW_BLOCKS)
 
 
 def test_hugging_face_computes_the_same_logits_of_a_packed_row(tmp_path: Path) -> None:
@@ -158,7 +163,7 @@ def test_hugging_face_computes_the_same_logits_of_a_packed_row(tmp_path: Path) -
 @needs_compiler
 def test_a_compiled_module_takes_documents() -> None:
     """One graph, backward included; `compiled` is called as the learner calls it."""
-    ours = model()
+    ours = model(layers=1)
     module = built(ours)
     compiled = torch.compile(module, fullgraph=True)
     tokens, numbers = packed()
@@ -166,13 +171,12 @@ def test_a_compiled_module_takes_documents() -> None:
     found = ours.losses(compiled, tokens, numbers)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)  # fused sums are rounded otherwise
     close(gradients(found, module), gradients(expected, module))
-    # Other documents in the same graph, and none at all.
+    # Other documents go through the same graph.
     torch._dynamo.config.error_on_recompile = True
     try:
         ours.losses(compiled, tokens, numbers.flip(0).contiguous())
     finally:
         torch._dynamo.config.error_on_recompile = False
-    torch.testing.assert_close(ours.losses(compiled, tokens), ours.losses(module, tokens), atol=2e-5, rtol=0)
 
 
 # --- FlexAttention ----------------------------------------------------------------------------------------------------
@@ -182,26 +186,20 @@ def test_a_compiled_module_takes_documents() -> None:
 @torch.no_grad()
 def test_flex_attention_says_the_same_compiled() -> None:
     """All of the way that CUDA takes but its kernel, and the backward pass, which no CPU has."""
-    ours = model()
-    tokens, numbers = packed()
+    ours = model(layers=1)
+    tokens, numbers = packed(FEW_BLOCKS)
     expected = ours.losses(built(ours, kernel=False), tokens, numbers)
     module = built(ours, kernel=True)
-    for run in (module, torch.compile(module, fullgraph=True)):
+    for run in (module, torch.compile(module, fullgraph=True, dynamic=False)):
         # float32 in an online softmax; as above
         torch.testing.assert_close(ours.losses(run, tokens, numbers), expected, atol=2e-5, rtol=0)
-
-
-@needs_compiler
-def test_the_block_mask_is_that_of_the_pairs() -> None:
-    """Over several blocks of 128, with a document over more than one: skipped and whole blocks are there too."""
-    numbers = torch.zeros(2, 600, dtype=torch.int32)
-    numbers[0, 10:] += 1
-    numbers[0, 410:] += 1
+    leaves_no_trace(ours, module, FEW_BLOCKS)
     mask = flex.block_mask(numbers)
     seen = within.additive_mask(numbers, torch.float32) == 0
-    blocks = torch.nn.functional.pad(seen, (0, 40, 0, 40)).unflatten(3, (5, 128)).unflatten(2, (5, 128))
-    assert torch.equal(mask.to_dense().bool(), blocks.any(dim=(3, 5)))
-    assert mask.full_kv_num_blocks is not None and int(mask.full_kv_num_blocks.sum()) > 0
+    padded = torch.nn.functional.pad(seen, (0, 4 * 128 - seen.shape[3], 0, 4 * 128 - seen.shape[2]))
+    blocks = padded.unflatten(3, (4, 128)).unflatten(2, (4, 128)).any(dim=(3, 5))
+    assert torch.equal(mask.to_dense().bool(), blocks), "what is masked is skipped"
+    assert int(blocks.sum()) < 2 * (4 + 3 + 2 + 1), "and some of it is only masked by documents"
 
 
 def test_flex_attention_has_the_same_gradients_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +208,7 @@ def test_flex_attention_has_the_same_gradients_eager(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(flex, "_flex_attention", flex_attention.flex_attention)
     monkeypatch.setattr(flex, "_create_block_mask", flex_attention.create_block_mask)
     ours = model()
-    tokens, numbers = packed()
+    tokens, numbers = packed(FEW_BLOCKS)
     found, expected = built(ours, kernel=True), built(ours, kernel=False)
     close(
         gradients(ours.losses(found, tokens, numbers), found),
@@ -234,7 +232,7 @@ def test_who_takes_flex_attention_is_decided_by_what_is_there(monkeypatch: pytes
 def test_flex_attention_says_the_same_on_cuda(whole: bool, precision: str) -> None:
     """Losses and gradients against SDPA with a mask on the same device."""
     ours = model()
-    tokens, numbers = packed("cuda")
+    tokens, numbers = packed(FEW_BLOCKS, "cuda")
     found, expected = built(ours, device="cuda"), built(ours, kernel=False, device="cuda")
     run = torch.compile(found) if whole else found
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision == "bfloat16"):

@@ -2,7 +2,8 @@
 
 Importing this imports torch's compiler, so that it is imported where it is used. Both functions are compiled: eager,
 FlexAttention writes out every score, and `create_block_mask` every pair of tokens. Inside a module that is compiled as
-a whole they become part of its graph."""
+a whole they become part of its graph. They are compiled for each shape by itself: a run has one, and for any length
+torch 2.13 writes C++ for the CPU that does not compile."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-_create_block_mask = torch.compile(create_block_mask)
-_flex_attention = torch.compile(flex_attention)
+_create_block_mask = torch.compile(create_block_mask, dynamic=False)
+_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 def block_mask(documents: Tensor) -> BlockMask:
