@@ -95,6 +95,17 @@ def test_positions_begin_anew_in_each_document() -> None:
         assert row == [at for start, end in zip(starts, ends, strict=True) for at in range(end - start)]
 
 
+def test_the_decoder_rotates_by_them() -> None:
+    """Losses hardly tell: attention asks for distances only, and these are the same from any beginning."""
+    module = built(model())
+    tokens, numbers = packed()
+    given: list[Tensor] = []
+    module.model.layers[1].register_forward_pre_hook(lambda block, told: given.extend(told[1:3]))
+    module(tokens[:, :-1], numbers)
+    for found, table in zip(given, module.model.rotary(LENGTH, torch.device("cpu")), strict=True):
+        assert torch.equal(found, torch.stack([table[row] for row in within.positions(numbers)])[:, None])
+
+
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 6}, {"kv_heads": 1, "tie_embeddings": False}])
 def test_a_packed_row_says_what_each_document_says_alone(shape: dict[str, object]) -> None:
     ours = model(**shape)
