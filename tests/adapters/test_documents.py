@@ -230,11 +230,15 @@ def test_flex_attention_has_the_same_gradients_eager(monkeypatch: pytest.MonkeyP
 def test_who_takes_flex_attention_is_decided_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(within.importlib.util, "find_spec", lambda name: name == "triton")
     monkeypatch.setattr(within.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert within.tools()
+    monkeypatch.setattr(within, "TOOLS", True)
     assert within.flex_by_itself("cuda", 16)
     assert not within.flex_by_itself("cuda", 8), "narrower than its tiles"
     assert not within.flex_by_itself("cpu", 16)
     monkeypatch.setattr(within.shutil, "which", lambda name: None)
-    assert not within.flex_by_itself("cuda", 16), "Triton has no C compiler to build its launcher with"
+    assert not within.tools(), "Triton has no C compiler to build its launcher with"
+    monkeypatch.setattr(within, "TOOLS", False)
+    assert not within.flex_by_itself("cuda", 16)
 
 
 @needs_cuda

@@ -30,12 +30,17 @@ def positions(documents: Tensor) -> Tensor:
     return torch.arange(documents.shape[1], device=documents.device) - first
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def flex_by_itself(device_type: str, head_dim: int) -> bool:
-    """Whether FlexAttention is taken where nobody said: on CUDA, with Triton and the C compiler that it needs."""
-    if device_type != "cuda" or head_dim < SMALLEST_HEAD:
-        return False
+def tools() -> bool:
+    """Whether there is Triton, and the C compiler that it needs."""
     return bool(importlib.util.find_spec("triton") and any(shutil.which(name) for name in ("cc", "gcc", "clang")))
+
+
+TOOLS = tools()  # once, for a module that is compiled as a whole cannot look for files
+
+
+def flex_by_itself(device_type: str, head_dim: int) -> bool:
+    """Whether FlexAttention is taken where nobody said: on CUDA, with its tools."""
+    return device_type == "cuda" and head_dim >= SMALLEST_HEAD and TOOLS
 
 
 def attention(documents: Tensor, dtype: torch.dtype, *, flex: bool) -> Attend:
