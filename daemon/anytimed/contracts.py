@@ -466,8 +466,11 @@ class Model(Protocol):
     ) -> Mapping[str, torch.Tensor]:
         """The module's tensors from an exported or Hugging Face checkpoint; ConfigError naming what does not fit."""
 
-    def activation_bytes(self, batch: int, length: int, vocab_size: int, element_bytes: int) -> int:
-        """An estimate of what one forward and backward pass keeps, in bytes."""
+    def activation_bytes(
+        self, batch: int, length: int, vocab_size: int, element_bytes: int, documents_on: str | None = None
+    ) -> int:
+        """An estimate of what one forward and backward pass keeps, in bytes. documents_on: the type of the device where
+        `losses` is given documents; None: it is given none."""
 
 
 class Journal(Protocol):

@@ -41,24 +41,21 @@ def decisions(blocks: int, *, name: str = "web") -> list[Json]:
     return told
 
 
-def plainly(entries: Sequence[Json]) -> tuple[Json, Json, list[Json]]:
-    """Adopted, finished and the rest, the slow way."""
+def plainly(entries: Sequence[Json]) -> tuple[Json, Json]:
+    """Adopted and finished, the slow way."""
     adopted: dict[str, list[Json]] = {}
     finished: dict[str, dict[int, str]] = {}
-    others = []
     for entry in entries:
         if entry["kind"] == "discovered":
             adopted.setdefault(entry["source"], []).extend(entry["entries"])
         elif entry["kind"] == "finished":
             for name, digests in entry["sources"].items():
                 finished.setdefault(name, {}).update({int(i): digest for i, digest in digests.items()})
-        elif entry["kind"] != "block_cut":
-            others.append(entry)
-    return adopted, finished, others
+    return adopted, finished
 
 
-def as_plain(whole: Gathered) -> tuple[Json, Json, list[Json]]:
-    return whole.adopted, {name: dict(digests.items()) for name, digests in whole.finished.items()}, whole.others
+def as_plain(whole: Gathered) -> tuple[Json, Json]:
+    return whole.adopted, {name: dict(digests.items()) for name, digests in whole.finished.items()}
 
 
 def journal_of(path: Path, entries: Sequence[Json]) -> Journal:
@@ -197,11 +194,11 @@ def sealed(fold: Fold, body: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[]", b"null", b"{}", b"[" * 100_000, b'{"adopted":{},"finished":{"web":[[1],["a","b"]]},"others":[]}',
-     b'{"adopted":{},"finished":{"web":[["x"],["a"]]},"others":[]}',
-     b'{"adopted":{},"finished":{"web":[[[1]],["a"]]},"others":[]}',
-     b'{"adopted":{},"finished":{"web":[[1,2],"abc"]},"others":[]}',
-     b'{"adopted":[],"finished":[],"others":3}', b'{"adopted":{"web":4},"finished":{},"others":[]}', b"\xff\xfe"],
+    [b"", b"[]", b"null", b"{}", b"[" * 100_000, b'{"adopted":{},"finished":{"web":[[1],["a","b"]]}}',
+     b'{"adopted":{},"finished":{"web":[["x"],["a"]]}}',
+     b'{"adopted":{},"finished":{"web":[[[1]],["a"]]}}',
+     b'{"adopted":{},"finished":{"web":[[1,2],"abc"]}}',
+     b'{"adopted":[],"finished":[],"others":3}', b'{"adopted":{"web":4},"finished":{}}', b"\xff\xfe"],
 )  # fmt: skip
 def test_a_sealed_fold_that_is_none_is_not_used(journal: Journal, file: Path, body: bytes) -> None:
     fold = Fold(0, 2_000, journal.digest("data", 2_000))

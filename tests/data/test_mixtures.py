@@ -114,7 +114,7 @@ def test_changes_lose_and_repeat_nothing_and_a_replay_is_the_same_line(
     assert 0 <= sum(packed.values()) - 1 - len(made) * batch_tokens < batch_tokens or not made
     assert [batch.number for batch in made] == list(range(1, len(made) + 1))
 
-    replay = world.pipeline(MemoryJournal(journal.entries("data")), None, weights=mixture, **rules)
+    replay = world.pipeline(journal.copy(), None, weights=mixture, **rules)
     assert [told(batch) for batch in batches(replay)] == [told(batch) for batch in made]
 
 
@@ -155,7 +155,7 @@ def test_a_change_takes_effect_at_the_next_block_and_leaves_the_others_where_the
     assert [list(entry["sources"]) for entry in entries if entry["kind"] == "mixture"] == [
         ["a", "b"], ["b", "c"], ["a", "b"],
     ]  # fmt: skip
-    replay = world.pipeline(MemoryJournal(entries), None, weights={"a": 1.0, "b": 1.0})
+    replay = world.pipeline(journal.copy(), None, weights={"a": 1.0, "b": 1.0})
     assert [told(batch) for batch in take(replay, len(line))] == [told(batch) for batch in line]
 
 
@@ -168,7 +168,7 @@ def test_an_older_commit_under_another_configuration_begins_a_line_of_its_own(tm
     rest = take(world.pipeline(journal, made[2].position, weights={"b": 1.0, "c": 1.0}), 10**6)
     assert rest[-1].mixture.keys() == {"b", "c"}
     assert max(trained_on(made[:3] + rest).values()) == 1
-    replay = world.pipeline(MemoryJournal(journal.entries("data")), made[1].position, weights={"b": 1.0, "c": 1.0})
+    replay = world.pipeline(journal.copy(), made[1].position, weights={"b": 1.0, "c": 1.0})
     assert [told(batch) for batch in batches(replay)] == [told(batch) for batch in [made[2], *rest]]
 
 
@@ -196,7 +196,7 @@ def test_a_source_that_ended_leaves_its_draws_to_the_others_until_there_is_more(
     assert len(everything - set(trained_on(made))) <= 2 * 8
     for cut in (0, 7, 19, 25):
         position = made[cut - 1].position if cut else None
-        resumed = world.pipeline(MemoryJournal(journal.entries("data")), position, **rules)
+        resumed = world.pipeline(journal.copy(), position, **rules)
         assert [told(batch) for batch in batches(resumed)] == [told(batch) for batch in made[cut:]]
 
 
@@ -229,7 +229,7 @@ def test_a_source_that_does_not_answer_is_left_out_and_comes_back(tmp_path: Path
     assert pipeline.poll() == 1
     made += take(pipeline, 10**6)
     assert set(written(world)["a"]) <= set(trained_on(made))
-    replay = world.pipeline(MemoryJournal(journal.entries("data")), None, **rules)
+    replay = world.pipeline(journal.copy(), None, **rules)
     assert [told(batch) for batch in batches(replay)] == [told(batch) for batch in made]
 
 
@@ -250,7 +250,7 @@ def test_a_source_is_read_again_as_often_as_it_says(tmp_path: Path) -> None:
     assert sorted(finished) == ["0", "1", "2"], "each once; the last with the first record of the second pass"
     for cut in range(0, len(made), 5):
         position = made[cut - 1].position if cut else None
-        resumed = world.pipeline(MemoryJournal(journal.entries("data")), position, **rules)
+        resumed = world.pipeline(journal.copy(), position, **rules)
         assert [told(batch) for batch in batches(resumed)] == [told(batch) for batch in made[cut:]]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from anytimed.config import AdapterTable
 from anytimed.contracts import (
     Batch,
     Finished,
@@ -30,12 +31,15 @@ from anytimed.contracts import (
     chain,
     mixture_to_json,
 )
+from anytimed.data.encoding import Rebuild
 from anytimed.data.pipeline import Pipeline
-from anytimed.data.tokenizing import InThread
+from anytimed.data.tokenizing import tokenizing
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
 
 END = 0
+NEVER = Rebuild(AdapterTable(type="none"), "", Path(), ())
+"""No worker is started."""
 
 
 class MemoryJournal:
@@ -43,6 +47,11 @@ class MemoryJournal:
 
     def __init__(self, entries: Sequence[Json] = ()) -> None:
         self.told = [json.dumps({"scope": "data", "entry": entry}) for entry in entries]
+
+    def copy(self) -> MemoryJournal:
+        other = MemoryJournal()
+        other.told = list(self.told)
+        return other
 
     def append(self, scope: str, entry: Json) -> None:
         self.told.append(json.dumps({"scope": scope, "entry": entry}))
@@ -138,7 +147,7 @@ class World:
         streams = settings.pop("streams", None) or self.streams()
         tokenizer = NumberTokenizer()
         pipeline = Pipeline(
-            rules, lambda name, reads: streams[name], tokenizer, InThread(tokenizer), journal, **settings
+            rules, lambda name, reads: streams[name], tokenizer, tokenizing(tokenizer, 0, NEVER), journal, **settings
         )
         pipeline.restore(stored(position) if position else Position())
         return pipeline

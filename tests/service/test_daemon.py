@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import shutil
 import signal
 import socket
 import stat
@@ -17,9 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from anytimed.config import load
 from anytimed.contracts import Json
 from anytimed.service.control import ask
+from anytimed.service.reload import changes_that_need_a_restart
 from tests import tiny
 
 
@@ -160,6 +164,25 @@ def test_reload_applies_what_may_change_and_refuses_the_rest_whole(tmp_path: Pat
         process.send_signal(signal.SIGHUP)
         until(process, lambda: len(list((tmp_path / "published").glob("checkpoints/*/manifest.json"))) >= 2)
         assert status(tmp_path)["degraded"] == []
+
+
+def test_documents_are_masked_from_the_next_start_on(tmp_path: Path) -> None:
+    """[data] mask_documents decides over numbers, neither over tensors nor over the tokens that come next."""
+    tiny.write_text(tmp_path / "data", 60)
+    tiny.run("run", tiny.config(tmp_path), "--steps", "14")
+    shutil.copytree(tmp_path / "run", tmp_path / "at14")
+    unmasked = load(tiny.config(tmp_path))
+    masked = load(tiny.config(tmp_path, data={"mask_documents": True}))
+    assert changes_that_need_a_restart(unmasked, masked) == ["[data] mask_documents"]
+    tiny.run("run", masked.path, "--steps", "21")
+    ours, our_state = tiny.state_of(tiny.newest_commit(tmp_path))
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "at14").rename(tmp_path / "run")
+    tiny.run("run", tiny.config(tmp_path), "--steps", "21")
+    theirs, their_state = tiny.state_of(tiny.newest_commit(tmp_path))
+    assert our_state["learner"]["step"] == their_state["learner"]["step"] == 21
+    assert our_state["position"] == their_state["position"]
+    assert not torch.equal(ours["x.model.embed_tokens.weight"], theirs["x.model.embed_tokens.weight"])
 
 
 def test_rewritten_data_is_refused_with_3(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def learner(
     hidden: int = 16,
     clip: float | None = 1.0,
     kind: Callable[..., ScheduleFree] = SFNorMuon,
+    end_token: int | None = None,
     **options: object,
 ) -> Learner:
     model = LlamaModel(LlamaModel.Settings(hidden_size=hidden, layers=1, heads=2, intermediate_size=24))
@@ -42,6 +43,7 @@ def learner(
         Device("cpu"),
         sequence_length=LENGTH,
         micro_batch_size=micro,
+        end_token=end_token,
         clip_grad_norm=clip,
         evaluation_batch_size=2,
     )
@@ -105,6 +107,61 @@ def test_accumulation_takes_the_gradient_of_the_whole_batch() -> None:
         # The same sum in another order: float32 rounding of a loss of about 3, and what three steps make of it.
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_documents_end_with_the_end_token(micro: int | None) -> None:
+    """The learner tells the model which document each input belongs to; without an end token it tells of none."""
+    end = 5
+    tokens = np.random.default_rng(1).integers(end + 1, VOCAB, (4, LENGTH + 1), dtype=np.int32)
+    tokens[0, [3, 4, 9]] = end  # an empty document, and two ends
+    tokens[1, [0, LENGTH]] = end  # the first input ends a document; the last end is a target only
+    tokens[2, LENGTH - 1] = end
+    expected = [[0] * 4 + [1] + [2] * 5 + [3] * 2, [0] + [1] * 11, [0] * 12, [0] * 12]
+    one = Batch(tokens, Position(), Holdout(), {})
+    for told in (end, None):
+        given: list[torch.Tensor | None] = []
+        asked = learner(micro=micro, end_token=told)
+        losses = asked.model.losses
+
+        def watched(
+            module: Callable[..., torch.Tensor],
+            part: torch.Tensor,
+            documents: torch.Tensor | None = None,
+            losses: Callable[..., torch.Tensor] = losses,
+            given: list[torch.Tensor | None] = given,
+        ) -> torch.Tensor:
+            given.append(documents)
+            return losses(module, part, documents)
+
+        asked.model.losses = watched  # type: ignore[method-assign]
+        asked.step(one)
+        seen = [d for d in given if d is not None]
+        if told is None:
+            assert seen == [] and given
+            continue
+        assert len(seen) == len(given) == (2 if micro else 1)
+        assert torch.cat(seen).tolist() == expected
+        assert all(d.dtype == torch.int32 for d in seen)
+
+
+def test_a_step_by_documents_is_that_of_the_documents_alone() -> None:
+    """Two documents of six tokens in a row, or each in a row of its own, the rest of it masked."""
+    end = 5
+    rows = np.random.default_rng(2).integers(end + 1, VOCAB, (2, LENGTH + 1), dtype=np.int32)
+    rows[:, 5] = end
+    alone = np.full((4, LENGTH + 1), IGNORED, np.int32)
+    alone[:2, :7], alone[2:, :7] = rows[:, :7], rows[:, 6:]
+    masked, plain = learner(end_token=end, clip=None), learner(clip=None)
+    masked.step(Batch(rows, Position(), Holdout(), {}))
+    plain.step(Batch(alone, Position(), Holdout(), {}))
+    (ours,), (theirs,) = masked.reports(), plain.reports()
+    # The mean is over all targets of a batch, of which half do not count in the other; float32 sums in another order.
+    assert ours.loss == pytest.approx(2 * theirs.loss, rel=1e-5)
+    assert ours.grad_norm == pytest.approx(2 * theirs.grad_norm, rel=1e-4)
+    unmasked = learner(clip=None)
+    unmasked.step(Batch(rows, Position(), Holdout(), {}))
+    assert unmasked.reports()[0].grad_norm != pytest.approx(ours.grad_norm, rel=1e-3)
 
 
 def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:

@@ -3,7 +3,8 @@
 In order: the settings; the module (embedding, blocks of RMSNorm + grouped-query attention with rotary positions and
 RMSNorm + SwiGLU, final norm, head); the adapter, which draws the weights, computes the loss, says what each parameter
 is for, and speaks Hugging Face's `config.json` both ways. The module's parameter names are those of
-`LlamaForCausalLM`, so an export is a plain copy of the tensors."""
+`LlamaForCausalLM`, so an export is a plain copy of the tensors. Rows that hold several documents are told which token
+belongs to which; how attention keeps them apart is in `documents.py`."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from anytimed.contracts import ConfigError, Json, Role
+from anytimed_adapters.models.documents import Attend, attention, flex_by_itself, positions
 
 
 class LlamaSettings(BaseModel):
@@ -65,13 +67,14 @@ class LlamaSettings(BaseModel):
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions, Hugging Face's half-split convention. heads: (batch, heads, length, dim); cos, sin: (length,
-    dim)."""
+    dim), or (batch, 1, length, dim) where each row has positions of its own."""
     left, right = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention. (batch, length, hidden) -> the same."""
+    """Causal grouped-query attention, by `within` where a row holds several documents. (batch, length, hidden) -> the
+    same."""
 
     def __init__(self, s: LlamaSettings) -> None:
         super().__init__()
@@ -81,18 +84,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(s.hidden_size, s.key_heads * s.head_dim, bias=False)
         self.o_proj = nn.Linear(s.heads * s.head_dim, s.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, within: Attend | None = None) -> Tensor:
         batch, length, _ = hidden.shape
         q = self.q_proj(hidden).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(hidden).view(batch, length, self.key_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(hidden).view(batch, length, self.key_heads, self.head_dim).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            rotate(q, cos, sin).to(v.dtype),
-            rotate(k, cos, sin).to(v.dtype),
-            v,
-            is_causal=True,
-            enable_gqa=self.key_heads != self.heads,
-        )
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if within is None:
+            grouped = self.key_heads != self.heads
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            mixed = within(q, k, v)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
@@ -119,13 +121,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(s.hidden_size, eps=s.norm_eps)
         self.mlp = FeedForward(s)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin)
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, within: Attend | None = None) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, within)
         out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return out
 
 
 class Decoder(nn.Module):
+    flex: bool | None = None
+    """Whether FlexAttention keeps documents apart, or else SDPA with a mask; None: FlexAttention where it compiles."""
+
     def __init__(self, s: LlamaSettings, vocab_size: int) -> None:
         super().__init__()
         self.head_dim, self.theta = s.head_dim, s.rope_theta
@@ -140,17 +145,24 @@ class Decoder(nn.Module):
         both = torch.cat((angles, angles), dim=-1)
         return both.cos(), both.sin()
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         hidden = self.embed_tokens(tokens)
         cos, sin = self.rotary(tokens.shape[1], tokens.device)
+        within = None
+        if documents is not None:
+            at = positions(documents)
+            cos, sin = cos[at].unsqueeze(1), sin[at].unsqueeze(1)
+            flex = self.flex if self.flex is not None else flex_by_itself(tokens.device.type, self.head_dim)
+            within = attention(documents, hidden.dtype, flex=flex)
         for block in self.layers:
-            hidden = block(hidden, cos, sin)
+            hidden = block(hidden, cos, sin, within)
         out: Tensor = self.norm(hidden)
         return out
 
 
 class Llama(nn.Module):
-    """tokens (batch, length) int64 -> logits (batch, length, vocab)."""
+    """tokens (batch, length) int64, and documents (batch, length) int32 where a row holds several -> logits (batch,
+    length, vocab)."""
 
     def __init__(self, s: LlamaSettings, vocab_size: int) -> None:
         super().__init__()
@@ -159,8 +171,8 @@ class Llama(nn.Module):
         if s.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(self.model(tokens))
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.lm_head(self.model(tokens, documents))
         return logits
 
 
@@ -189,8 +201,8 @@ class LlamaModel:
         return module
 
     def losses(self, module: Callable[..., Tensor], tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        targets = tokens[:, 1:]
-        logits = module(tokens[:, :-1].clamp(min=0))
+        inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+        logits = module(inputs) if documents is None else module(inputs, documents)
         flat = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
         return flat.view(targets.shape)
 
@@ -290,9 +302,14 @@ class LlamaModel:
                 )
         return {name: found[name] for name in wanted}
 
-    def activation_bytes(self, batch: int, length: int, vocab_size: int, element_bytes: int) -> int:
+    def activation_bytes(
+        self, batch: int, length: int, vocab_size: int, element_bytes: int, documents_on: str | None = None
+    ) -> int:
         """What autograd keeps: per token and layer the inputs of every product and elementwise rule (about 10 widths, 4
-        feed-forward widths), and the logits with their softmax in float32."""
+        feed-forward widths), and the logits with their softmax in float32. With documents, one mask for all layers too:
+        float32, and the boolean one that it is made of; FlexAttention needs none."""
         s = self.settings
+        written = documents_on is not None and not flex_by_itself(documents_on, s.head_dim)
+        mask = batch * length * length * 5 if written else 0
         per_layer = 10 * s.hidden_size + 4 * s.feed_forward + 2 * s.key_heads * s.head_dim
-        return batch * length * (s.layers * per_layer * element_bytes + vocab_size * (element_bytes + 8))
+        return mask + batch * length * (s.layers * per_layer * element_bytes + vocab_size * (element_bytes + 8))

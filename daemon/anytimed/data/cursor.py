@@ -23,11 +23,13 @@ from anytimed.contracts import (
     Finished,
     Json,
     Record,
+    Refused,
     Rejected,
     Stream,
     StreamUnavailable,
     Tokens,
 )
+from anytimed.data.encoding import Closed
 from anytimed.data.tokenizing import Pending, Tokenizing
 
 GROUP_RECORDS = 128
@@ -61,14 +63,35 @@ class _Group:
     texts: list[str] = field(default_factory=list)
     pending: Pending | None = None
 
-    def settle(self) -> None:
-        """Give every text its tokens; waits for them."""
-        if self.pending is not None:
-            tokens = iter(self.pending.result())
-            for taken in self.taken:
-                if isinstance(taken.item, Record) and taken.item.tokens is None:
-                    taken.tokens = next(tokens)
-            self.pending = None
+    def settle(self, tokenizing: Tokenizing) -> None:
+        """Give every text its tokens; waits for them. A text that cannot be encoded is a rejected record."""
+        if self.pending is None:
+            return
+        try:
+            tokens: list[Tokens | Exception] = [*self.pending.result()]
+        except (Refused, Closed):
+            raise
+        except Exception:  # noqa: BLE001 - one after the other they tell which text it was
+            tokens = [_alone(text, tokenizing) for text in self.texts]
+        found = iter(tokens)
+        for taken in self.taken:
+            if isinstance(taken.item, Record) and taken.item.tokens is None:
+                told = next(found)
+                if isinstance(told, Exception):
+                    taken.item = Rejected(f"it cannot be encoded: {type(told).__name__}: {told}", taken.item.digest)
+                else:
+                    taken.tokens = told
+        self.pending = None
+
+
+def _alone(text: str, tokenizing: Tokenizing) -> Tokens | Exception:
+    """The tokens of one text, or why there are none."""
+    try:
+        return tokenizing.submit([text]).result()[0]
+    except (Refused, Closed):
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises about a text makes it a bad record
+        return error
 
 
 class Cursor:
@@ -83,8 +106,6 @@ class Cursor:
         self,
         stream: Stream,
         place: Json | None,
-        entries: Sequence[Any],
-        finished: Mapping[int, str],
         tokenizing: Tokenizing,
         *,
         vocab_size: int,
@@ -95,18 +116,23 @@ class Cursor:
         self._vocab_size = vocab_size
         self._stop = stop
         self._read = self.place = place
-        self._unverified = finished
+        self._unverified: Mapping[int, str] = {}
         self._items: Iterator[tuple[Record | Rejected | Finished, Json]] | None = None
         self._riding: dict[int, str] = {}
         self._groups: deque[_Group] = deque()
         self._due = True
         self._failure: AnytimedError | None = None
-        self._told = max(finished, default=-1)  # the last entry whose end was told; a second pass tells nothing new
+        self._told = -1  # the last entry whose end was told; a second pass tells nothing new
         self.entries = 0
         self.exhausted = False
         self.reason = ""
         self.undiscovered: str | None = None
-        self.adopt(entries)
+
+    def finished_before(self, finished: Mapping[int, str]) -> None:
+        """Entries, adopted already, that were read to their end before the place; they are checked, now or when the
+        stream answers. Raises Refused where one has changed."""
+        self._unverified = finished
+        self._told = max(finished, default=-1)
         self.verify()
 
     def adopt(self, entries: Sequence[Any]) -> None:
@@ -156,7 +182,10 @@ class Cursor:
                 raise self._failure
             return None
         group = self._groups[0]
-        group.settle()
+        try:
+            group.settle(self._tokenizing)
+        except Closed:
+            raise Interrupted from None
         taken = group.taken.popleft()
         if not group.taken:
             self._groups.popleft()
@@ -225,7 +254,10 @@ class Cursor:
         if not group.taken:
             return False
         if group.texts:
-            group.pending = self._tokenizing.submit(group.texts)
+            try:
+                group.pending = self._tokenizing.submit(group.texts)
+            except Closed:
+                raise Interrupted from None
         self._groups.append(group)
         return True
 

@@ -71,9 +71,9 @@ class Finished:
 class Fold:
     """The data decisions [start, length) of a journal, taken together.
 
-    adopted: per source its new rows, in order; finished: per source, rows and digests, the last of a row counts;
-    others: decisions of other kinds, in order, but for blocks that were cut (once a cut took effect nothing asks for
-    it). `weight`: rows, digests and others. `digest`: the journal's at `length`, "" until somebody sets it.
+    adopted: per source its new rows, in order; finished: per source, rows and digests, the last of a row counts.
+    Once they took effect, nothing asks for decisions of other kinds. `weight`: rows and digests. `digest`: the
+    journal's at `length`, "" until somebody sets it.
     """
 
     start: int = 0
@@ -81,7 +81,6 @@ class Fold:
     digest: str = ""
     adopted: dict[str, list[Json]] = field(default_factory=dict)
     finished: dict[str, Finished] = field(default_factory=dict)
-    others: list[Json] = field(default_factory=list)
     weight: int = 0
 
     def update(self, entry: Json) -> None:
@@ -98,18 +97,16 @@ class Fold:
                     known.indices += map(int, digests)
                     known.digests += digests.values()
                     self.weight += len(digests)
-            case {"kind": "block_cut"}:
-                pass
-            case _:
-                self.others.append(entry)
-                self.weight += 1
+        self.length += 1
+
+    def pass_over(self) -> None:
+        """The next decision is void."""
         self.length += 1
 
     def to_bytes(self) -> bytes:
         told = {
             "adopted": self.adopted,
             "finished": {name: finished.to_json() for name, finished in self.finished.items()},
-            "others": self.others,
         }
         body = json.dumps(told, separators=(",", ":")).encode()
         header = f"anytimed-fold-1 {self.start} {self.length} {self.digest} {len(body)} ".encode()
@@ -121,8 +118,8 @@ class Fold:
         RecursionError on what it did not make."""
         told = json.loads(body)
         finished = {name: Finished.from_json(columns) for name, columns in told["finished"].items()}
-        fold = Fold(start, length, digest, told["adopted"], finished, told["others"])
-        rows = [*fold.adopted.values(), *(part.indices for part in finished.values()), fold.others]
+        fold = Fold(start, length, digest, told["adopted"], finished)
+        rows = [*fold.adopted.values(), *(part.indices for part in finished.values())]
         fold.weight = sum(map(len, rows))
         return fold
 
@@ -134,7 +131,6 @@ class Gathered:
     length: int = 0
     adopted: dict[str, list[Json]] = field(default_factory=dict)
     finished: dict[str, Digests] = field(default_factory=dict)
-    others: list[Json] = field(default_factory=list)
 
 
 def gathered(folds: Iterable[Fold]) -> Gathered:
@@ -147,6 +143,5 @@ def gathered(folds: Iterable[Fold]) -> Gathered:
                 whole.adopted.setdefault(name, []).extend(rows)
             for name, part in fold.finished.items():
                 whole.finished.setdefault(name, Digests()).put(part.indices, part.digests)
-            whole.others += fold.others
             whole.length = fold.length
     return whole

@@ -15,11 +15,11 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from anytimed.contracts import AnytimedError, Journal
+from anytimed.contracts import AnytimedError, Journal, Json
 from anytimed.data.fold import FORM, FORM_BYTES, Fold, collector_off
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,11 @@ class _Part(NamedTuple):
 class FoldFile:
     """The folds of a journal, and the file that keeps them. One thread at a time."""
 
-    def __init__(self, path: Path | None, journal: Journal) -> None:
-        """`path`: of the cache, which need not exist; None for none. Never raises for what it finds there."""
+    def __init__(self, path: Path | None, journal: Journal, void: Container[int] = ()) -> None:
+        """`path`: of the cache, which need not exist; None for none. void: numbers of decisions that are not in effect.
+        Never raises for what it finds there."""
         self._path = path
+        self._void = void
         self._journal = journal
         self._parts = self._fitting(_intact(path)) if path is not None else []
         self._pending = self._next()
@@ -76,7 +78,7 @@ class FoldFile:
             return
         try:
             for entry in self._journal.entries(_SCOPE, self._pending.length, length):
-                self._pending.update(entry)
+                self._take(self._pending, entry)
             if _enough(self._pending):
                 self._pending.digest = self._journal.digest(_SCOPE, self._pending.length)
                 self._append(self._pending)
@@ -84,7 +86,32 @@ class FoldFile:
             log.warning("%s: nothing more is kept: %s", self._path, error)
             self._path = None
 
+    def forget(self, length: int) -> None:
+        """Decisions beyond the first `length` are about to be made void: no fold that holds them stays. Raises
+        AnytimedError where that cannot be done: one that stays would be believed."""
+        if self._stored > length:
+            self._parts = [part for part in self._parts if part.length <= length]
+            self._truncate()
+        if self._pending.length > length:
+            self._pending = self._next()
+
     # --- within ---
+
+    def _take(self, fold: Fold, entry: Json) -> None:
+        if fold.length in self._void:
+            fold.pass_over()
+        else:
+            fold.update(entry)
+
+    def _truncate(self) -> None:
+        """Cut off what no longer counts."""
+        assert self._path is not None, "there are folds in a file"
+        try:
+            os.truncate(self._path, self._parts[-1].end if self._parts else 0)
+        except FileNotFoundError:
+            self._parts = []
+        except OSError as error:
+            raise AnytimedError(f"{self._path}: cannot be cut: {error.strerror}; delete it, it is a cache") from error
 
     @property
     def _stored(self) -> int:
@@ -100,7 +127,7 @@ class FoldFile:
             before = fold.weight
             with collector_off():
                 for entry in self._journal.entries(_SCOPE, fold.length, min(stop, fold.length + window)):
-                    fold.update(entry)
+                    self._take(fold, entry)
             window = min(_WINDOW, window * 2) if fold.weight - before < _WEIGHT // 2 else max(1, window // 2)
             if _enough(fold) or fold.length == stop:
                 fold.digest = self._journal.digest(_SCOPE, fold.length)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,8 @@ from anytimed.contracts import (
 )
 from anytimed.data.blocks import Block, Blocks
 from anytimed.data.cursor import Cursor, Interrupted, Taken
+from anytimed.data.fold import collector_off
+from anytimed.data.fold_file import FoldFile
 from anytimed.data.holdout import HoldoutKeeper
 from anytimed.data.mixture import Mixture
 from anytimed.data.packer import Packer
@@ -74,7 +77,8 @@ class Pipeline:
 
     rules: of the mixture that is to be in force. sequence_length, holdout_max_tokens (over all sources),
     holdout_record_tokens (kept of one record): in tokens. shuffle_block_sequences: the fewest windows of a block.
-    holdout_fraction: of the records, in [0, 1]. Raises ConfigError on rules that cannot be drawn by.
+    holdout_fraction: of the records, in [0, 1]. fold: a file that caches what the journal adds up to.
+    Raises ConfigError on rules that cannot be drawn by.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Pipeline:
         holdout_max_tokens: int,
         holdout_record_tokens: int,
         quarantine: Quarantine,
+        fold: Path | None = None,
     ) -> None:
         self._wanted = Mixture(rules, seed)
         self._open_stream = open_stream
@@ -106,6 +111,7 @@ class Pipeline:
         self._block_sequences = shuffle_block_sequences
         self._holdout = (holdout_fraction, holdout_max_tokens, holdout_record_tokens)
         self._quarantine = quarantine
+        self._fold = fold
         self._stop = threading.Event()
         self._labels: dict[str, int] = {}
         self._is_dry = False
@@ -123,16 +129,8 @@ class Pipeline:
         when an entry that was read has changed. A source that does not answer is asked again when it is read.
         """
         self._ledger = Ledger(self._journal, position)
-        adopted: dict[str, list[Any]] = {}
-        finished: dict[str, dict[int, str]] = {}
-        for entry in self._ledger.effective:
-            if entry["kind"] == "discovered":
-                adopted.setdefault(entry["source"], []).extend(entry["entries"])
-            elif entry["kind"] == "finished":
-                for name, digests in entry["sources"].items():
-                    finished.setdefault(name, {}).update({int(index): digest for index, digest in digests.items()})
-        self._ledger.effective = []
-        self._sources = Sources(position, adopted, finished, self._open_stream, self._cursor)
+        self._folds = FoldFile(self._fold, self._journal, self._ledger.voids)
+        self._sources = Sources(position, self._open_stream, self._cursor)
         require_same_reads(self._wanted.rules, position.sources)
         self._draw = position.draw
         self._block = position.block
@@ -146,12 +144,14 @@ class Pipeline:
         self._blocks = Blocks(self._batch_size, position.batches)
         self._finished: dict[str, dict[str, str]] = {}
         self._cut = False
-        last = self._ledger.mixtures[-1]["sources"] if self._ledger.mixtures else None
         in_force = Mixture(position.mixture, self._seed) if position.mixture else None
-        told = last if last is not None else in_force.to_json() if in_force else None
-        self._changes = told is None or not same_mixture(told, self._wanted.to_json())
+        mixtures = [entry["sources"] for entry in self._ledger.waiting("mixture")]
+        last = [in_force.to_json() if in_force else {}, *mixtures][-1]
+        self._changes = not same_mixture(last, self._wanted.to_json())
         if in_force is not None:
             self._sources.put_in_force(in_force)
+        with collector_off():
+            self._sources.recall(self._folds.restore(position.journal_length))
         self._start = self._here() if in_force is not None else position
         self._begun = position.index > 0  # the mixture of a block that was begun does not change
 
@@ -220,8 +220,12 @@ class Pipeline:
         """A poll has found nothing, and what could be done about that is done: only another poll helps."""
         return self._nothing_new
 
-    def acknowledge(self, places: Mapping[str, Json]) -> None:
-        """Tell the sources, by name, that no commit needs what lies before these places."""
+    def acknowledge(self, position: Json) -> None:
+        """No commit resumes before this position, as JSON: tell the sources that records before it are not needed any
+        more, but those that are to be read again from their beginning."""
+        self._folds.keep(position["journal_length"])
+        again = {name for name, rule in position["mixture"].items() if rule["when_dry"] == "replay"}
+        places = {name: at["place"] for name, at in position["sources"].items() if at["place"] and name not in again}
         for name, cursor in self._sources.active():
             if name in places:
                 failed = cursor.acknowledge(places[name])
@@ -304,8 +308,7 @@ class Pipeline:
             self._ledger.replayed()
             self._put_in_force(Mixture(mixture_from_json(head["sources"]), self._seed))
         if self._changes:
-            entry = {"kind": "mixture", "block": self._block, "draw": self._draw, "sources": self._wanted.to_json()}
-            self._decide(entry)
+            self._decide({"kind": "mixture", "block": self._block, "sources": self._wanted.to_json()})
             self._changes = False
             self._put_in_force(self._wanted)
         self._begun = True
@@ -421,9 +424,9 @@ class Pipeline:
             raise Interrupted
         try:
             if entry["kind"] == "mixture":
-                self._ledger.change_mixture(entry)
-            else:
-                self._ledger.append(entry)
+                self._folds.forget(self._ledger.length)
+                self._ledger.drop()
+            self._ledger.append(entry)
         except Refused:
             raise
         except AnytimedError as error:
@@ -480,8 +483,8 @@ class Pipeline:
         told = {other: cursor.undiscovered for other, cursor in self._sources.active() if cursor.undiscovered}
         return Dry({**told, name: "; ".join(filter(None, (self._sources.cursor(name).reason, told.get(name))))})
 
-    def _cursor(self, stream: Stream, place: Json | None, adopted: list[Any], finished: Mapping[int, str]) -> Cursor:
-        return Cursor(stream, place, adopted, finished, self._tokenizing, vocab_size=self._vocab_size, stop=self._stop)
+    def _cursor(self, stream: Stream, place: Json | None) -> Cursor:
+        return Cursor(stream, place, self._tokenizing, vocab_size=self._vocab_size, stop=self._stop)
 
     def _here(self) -> Position:
         remainder, runs = self._packer.remainder()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
 
 from anytimed.contracts import Batch, Json
 from anytimed.data.cursor import Interrupted
@@ -27,7 +26,7 @@ class Reader:
         self._batches: deque[Batch] = deque()
         self._dry: Dry | None = None
         self._poll = False
-        self._needless: Mapping[str, Json] | None = None
+        self._oldest: Json | None = None
         self._closed = False
         self._failure: BaseException | None = None
         self._told: Json = pipeline.status()
@@ -58,10 +57,10 @@ class Reader:
             self._dry = None
             self._changed.notify_all()
 
-    def acknowledge(self, places: Mapping[str, Json]) -> None:
-        """Have the sources told, by name, that no commit needs what lies before these places."""
+    def acknowledge(self, position: Json) -> None:
+        """Have the sources told that no commit resumes before this position, as JSON."""
         with self._changed:
-            self._needless = places
+            self._oldest = position
             self._changed.notify_all()
 
     def status(self) -> Json:
@@ -115,17 +114,17 @@ class Reader:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closed or self._poll or self._needless is not None or self._may_read()
+                    lambda: self._closed or self._poll or self._oldest is not None or self._may_read()
                 )
                 if self._closed:
                     return False
-                needless, self._needless = self._needless, None
+                oldest, self._oldest = self._oldest, None
                 poll, self._poll = self._poll, False
-            if needless is not None:
-                self._pipeline.acknowledge(needless)
+            if oldest is not None:
+                self._pipeline.acknowledge(oldest)
             if poll:
                 self._pipeline.poll()
-            if not poll and needless is None:
+            if not poll and oldest is None:
                 return True
             self._tell()
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from anytimed.contracts import ConfigError, Json, Position, SourcePosition, SourceRule, Stream
 from anytimed.data.cursor import Cursor, Taken
+from anytimed.data.digests import Digests
+from anytimed.data.fold import Fold
 from anytimed.data.mixture import Mixture
 
 OpenStream = Callable[[str, Json], Stream]
 """A new stream by the source's name and what it `reads`. Raises ConfigError."""
 
-OpenCursor = Callable[[Stream, Json | None, list[Any], dict[int, str]], Cursor]
-"""A cursor by stream, place, entries adopted, entries finished."""
+OpenCursor = Callable[[Stream, Json | None], Cursor]
+"""A cursor by stream and place."""
 
 ENTRIES_A_LINE = 10_000
 """Of what was discovered: a line of the journal stays short."""
@@ -57,20 +59,14 @@ class Tally:
 class Sources:
     """The sources of a pipeline; those of `mixture` are drawn from."""
 
-    def __init__(
-        self,
-        position: Position,
-        adopted: Mapping[str, list[Any]],
-        finished: Mapping[str, dict[int, str]],
-        open_stream: OpenStream,
-        open_cursor: OpenCursor,
-    ) -> None:
-        """adopted, finished: of every source, as the journal has it up to the position."""
-        self._adopted, self._finished = dict(adopted), dict(finished)
+    def __init__(self, position: Position, open_stream: OpenStream, open_cursor: OpenCursor) -> None:
+        self._adopted: dict[str, list[Any]] = {}
+        self._finished: dict[str, Digests] = {}
         self._open_stream, self._open_cursor = open_stream, open_cursor
         self._tallies = {name: Tally(at) for name, at in position.sources.items()}
         self._cursors: dict[str, Cursor] = {}
         self._mixture: Mixture | None = None
+        self._recalling = True
 
     @property
     def mixture(self) -> Mixture:
@@ -85,11 +81,33 @@ class Sources:
             tally = self._tallies.setdefault(name, Tally(SourcePosition()))
             if name not in self._cursors:
                 stream = self._open_stream(name, rule.reads)
-                adopted, finished = self._adopted.pop(name, []), self._finished.pop(name, {})
-                self._cursors[name] = self._open_cursor(stream, tally.frozen().place, adopted, finished)
+                self._cursors[name] = self._open_cursor(stream, tally.frozen().place)
                 tally.at = replace(tally.at, reads=reads_digest(rule))
+                if not self._recalling:
+                    self._settle(name)
         self._mixture = mixture
         self._leave_out()
+
+    def recall(self, folds: Iterable[Fold]) -> None:
+        """Take in what the journal says of the time before the position: entries adopted, and finished. A mixture that
+        was in force is in force already. Raises Refused where an entry that was read has changed."""
+        for fold in folds:
+            for name, rows in fold.adopted.items():
+                if name in self._cursors:
+                    self._cursors[name].adopt(rows)
+                else:
+                    self._adopted.setdefault(name, []).extend(rows)
+            for name, part in fold.finished.items():
+                self._finished.setdefault(name, Digests()).put(part.indices, part.digests)
+        self._recalling = False
+        for name in self._cursors:
+            self._settle(name)
+
+    def _settle(self, name: str) -> None:
+        """Give a cursor what is known of its source."""
+        cursor = self._cursors[name]
+        cursor.adopt(self._adopted.pop(name, []))
+        cursor.finished_before(self._finished.pop(name, {}))
 
     def positions(self) -> dict[str, SourcePosition]:
         return {name: tally.frozen() for name, tally in self._tallies.items()}

@@ -30,9 +30,10 @@ from anytimed.contracts import (
     Stream,
     Tokenizer,
 )
+from anytimed.data.encoding import Rebuild
 from anytimed.data.pipeline import Pipeline
 from anytimed.data.sources import identity
-from anytimed.data.tokenizing import InThread
+from anytimed.data.tokenizing import tokenizing
 from anytimed.optim.settings import POLYAK
 from anytimed.service.timetable import plan
 from anytimed.storage.pull import pull
@@ -55,6 +56,8 @@ class Parts:
     tokenizer: Tokenizer
     model: Model
     recipe: Recipe
+    rebuild: Rebuild
+    """How a worker makes the tokenizer again."""
     rules: Mapping[str, SourceRule]
     """Of the mixture that the configuration asks for."""
 
@@ -109,7 +112,8 @@ def parts_of(config: Config) -> Parts:
             f"{file}: [training] clip_grad_norm: found {config.training.clip_grad_norm}, allowed with [optimizer] lr = "
             '"polyak": 0, for that step is measured by the gradient, and a clipped one makes it longer'
         )
-    return Parts(config, tokenizer, model, recipe, rules)
+    rebuild = Rebuild(config.tokenizer, file, base, tuple(registry.allowed()))
+    return Parts(config, tokenizer, model, recipe, rebuild, rules)
 
 
 def reads_of(config: Config, name: str) -> Json:
@@ -229,13 +233,15 @@ def differences(commit: Json, config: Json, path: str = "") -> list[str]:
 # --- the two halves of the training -----------------------------------------------------------------------------------
 
 
-def pipeline_of(parts: Parts, journal: Journal, quarantine: Callable[[str, Json, Rejected], None]) -> Pipeline:
+def pipeline_of(
+    parts: Parts, journal: Journal, quarantine: Callable[[str, Json, Rejected], None], fold: Path | None
+) -> Pipeline:
     config = parts.config
     return Pipeline(
         parts.rules,
         parts.open_stream,
         parts.tokenizer,
-        InThread(parts.tokenizer),
+        tokenizing(parts.tokenizer, config.data.tokenizer_workers, parts.rebuild),
         journal,
         seed=config.run.seed,
         batch_size=config.data.batch_size,
@@ -245,6 +251,7 @@ def pipeline_of(parts: Parts, journal: Journal, quarantine: Callable[[str, Json,
         holdout_max_tokens=config.data.holdout.max_tokens,
         holdout_record_tokens=config.data.holdout.record_tokens,
         quarantine=quarantine,
+        fold=fold,
     )
 
 
@@ -261,6 +268,7 @@ def learner_of(parts: Parts, device: Device) -> Learner:
         device,
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.data.micro_batch_size,
+        end_token=parts.tokenizer.end_token if config.data.mask_documents else None,
         clip_grad_norm=config.training.clip_grad_norm or None,
         evaluation_batch_size=config.evaluation.batch_size,
         compile=config.run.compile,

@@ -82,6 +82,7 @@ def footprint(parts: Parts, device: Device) -> Footprint:
         length=data.sequence_length,
         vocab_size=parts.tokenizer.vocab_size,
         element_bytes=2 if device.precision == "bfloat16" else 4,
+        documents_on=device.torch_device.type if data.mask_documents else None,
     )
 
 

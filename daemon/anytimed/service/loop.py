@@ -249,7 +249,8 @@ class Daemon:
                 self._saving.verify()
             case requests.Committed():
                 self._saving.committed(request, waiting=self._state is State.WAITING)
-                self._reader.acknowledge(self._session.needless())
+                if (oldest := self._session.oldest_position()) is not None:
+                    self._reader.acknowledge(oldest)
                 self._tell()
             case requests.Verified():
                 self._saving.verified(request)

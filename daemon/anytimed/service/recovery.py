@@ -198,19 +198,17 @@ class Session:
 
     def read_from(self, position: Position) -> None:
         """Read on from a position, by the configuration of `parts`."""
-        pipeline = pipeline_of(self.parts, self.journal, self.quarantine)
+        pipeline = pipeline_of(self.parts, self.journal, self.quarantine, self.run.fold)
         pipeline.restore(position)
         self.reader = Reader(pipeline, self.parts.config.data.prefetch_batches)
 
-    def needless(self) -> dict[str, Json]:
-        """By source the place that no commit here resumes before; nothing where that cannot be told."""
+    def oldest_position(self) -> Json | None:
+        """The position, as JSON, that no commit here resumes before; None where that cannot be told."""
         try:
-            state = json.loads((self.commits.kept()[-1] / STATE).read_bytes())
-            sources, rules = state["position"]["sources"], state["position"]["mixture"]
-            again = {name for name, rule in rules.items() if rule["when_dry"] == "replay"}  # from the beginning
-            return {name: at["place"] for name, at in sources.items() if at["place"] is not None and name not in again}
+            position: Json = json.loads((self.commits.kept()[-1] / STATE).read_bytes())["position"]
         except (OSError, LookupError, ValueError, TypeError):
-            return {}  # it is asked again after the next commit
+            return None  # it is asked again after the next commit
+        return position
 
     def retain_published(self, exports: ExportsTable, check: Callable[[], None]) -> None:
         self.publisher.retain(
@@ -279,7 +277,7 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         position = Position() if commit is None else _restore(learner, commit)
 
     quarantine = Quarantine(run.quarantine / "records")
-    pipeline = pipeline_of(parts, journal, quarantine)
+    pipeline = pipeline_of(parts, journal, quarantine, run.fold)
     pipeline.restore(position)
     session = Session(
         parts=parts,

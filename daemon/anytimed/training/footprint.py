@@ -37,9 +37,11 @@ def estimate(
     length: int,
     vocab_size: int,
     element_bytes: int,
+    documents_on: str | None = None,
 ) -> Footprint:
     """Bytes for a module and its optimizer (both may be on `meta`) at a micro-batch of sequences of `length` tokens;
-    `element_bytes` is the size of an activation's element."""
+    `element_bytes` is the size of an activation's element, `documents_on` the type of the device where documents are
+    masked."""
     parameters = list(module.parameters())
     state = sum(t.numel() * t.element_size() for p in parameters for t in optimizer.state[p].values())
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -48,5 +50,5 @@ def estimate(
         parameter_bytes=weights,
         gradient_bytes=weights,
         optimizer_bytes=state,
-        activation_bytes=model.activation_bytes(micro_batch, length, vocab_size, element_bytes),
+        activation_bytes=model.activation_bytes(micro_batch, length, vocab_size, element_bytes, documents_on),
     )

@@ -38,7 +38,10 @@ class _Unread:
 
 
 class Learner:
-    """Takes steps and gives out copies. One thread uses it."""
+    """Takes steps and gives out copies. One thread uses it.
+
+    end_token: given where attention stays within documents, of which it is the last token; evaluation needs none, for
+    its rows hold one record each."""
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Learner:
         *,
         sequence_length: int,
         micro_batch_size: int | None = None,
+        end_token: int | None = None,
         clip_grad_norm: float | None = None,
         evaluation_batch_size: int = 16,
         compile: bool = False,
@@ -59,6 +63,7 @@ class Learner:
         self.skipped = 0
         self._forward = torch.compile(module) if compile else module
         self._micro, self._clip, self._length = micro_batch_size, clip_grad_norm, sequence_length
+        self._end_token = end_token
         self._named = dict(module.named_parameters())
         self._unread: list[_Unread] = []
         self._evaluator = Evaluator(
@@ -81,7 +86,8 @@ class Learner:
         micro = self._micro or len(tokens)
         for at in range(0, len(tokens), micro):
             with self.device.autocast():
-                losses = self.model.losses(self._forward, tokens[at : at + micro])
+                part = tokens[at : at + micro]
+                losses = self.model.losses(self._forward, part, self._documents(part))
                 mean = losses.sum() / targets
             mean.backward()  # type: ignore[no-untyped-call]
             loss = loss + mean.detach()
@@ -99,12 +105,21 @@ class Learner:
         sources = dict(zip(batch.sources, counts, strict=True))
         self._unread.append(_Unread(self.step_count, batch.number, sources, (loss, norm.detach(), finite, of)))
 
+    def _documents(self, tokens: Tensor) -> Tensor | None:
+        """Which document each input belongs to, (batch, length) int32: the end tokens before it in its row. None where
+        attention does not ask. tokens: (batch, length + 1)."""
+        if self._end_token is None:
+            return None
+        ends = tokens[:, :-1] == self._end_token
+        return ends.cumsum(1, dtype=torch.int32) - ends.int()
+
     def compile_now(self, batch_size: int) -> None:
         """Compile forward and backward before the first step, which would look like a hang otherwise. Nothing changes:
         the gradient of a batch of zeros is dropped."""
         zeros = torch.zeros(self._micro or batch_size, self._length + 1, dtype=torch.long)
+        zeros = zeros.to(self.device.torch_device)
         with self.device.autocast():
-            loss = self.model.losses(self._forward, zeros.to(self.device.torch_device)).sum()
+            loss = self.model.losses(self._forward, zeros, self._documents(zeros)).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
 
