@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def write_text(folder: Path, count: int, *, seed: int = 3, words: int = 120, pre
     return made
 
 
-def config(folder: Path, kind: str = "sf_normuon", **changes: dict[str, Any]) -> Path:
-    """A config file in `folder` that reads folder/data/*.txt; `changes` update its tables."""
+def config(folder: Path, kind: str = "sf_normuon", *, without: Sequence[str] = (), **changes: dict[str, Any]) -> Path:
+    """A config file in `folder` that reads folder/data/*.txt; `changes` update its tables, those `without` are left
+    out."""
     tables: dict[str, dict[str, Any]] = {
         "run": {"directory": str(folder / "run"), "seed": 7, "threads": 1, "device": "cpu"},
         "model": {"type": "llama", "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64},
@@ -64,6 +66,8 @@ def config(folder: Path, kind: str = "sf_normuon", **changes: dict[str, Any]) ->
     }
     for name, table in changes.items():
         tables.setdefault(name, {}).update(table)
+    for name in without:
+        del tables[name]
     path = folder / "config.toml"
     path.write_text("\n".join(f"[{name}]\n{_toml(table)}" for name, table in tables.items()))
     return path

@@ -124,9 +124,11 @@ class Reader:
                 self._pipeline.acknowledge(oldest)
             if poll:
                 self._pipeline.poll()
-            if not poll and oldest is None:
-                return True
             self._tell()
+            with self._changed:
+                if self._may_read():
+                    # A poll that takes longer than the time between two of them must not be all that is done.
+                    return True
 
     def _may_read(self) -> bool:
         return self._dry is None and len(self._batches) < self._depth

@@ -49,8 +49,12 @@ class Decisions:
         """Whether a batch, by its number, is passed over."""
         return any(first <= batch <= last for first, last in self._spans())
 
+    def undone(self, seq: int) -> Json | None:
+        """The rollback that commit number `seq` was left behind by; None where it is good to go on from."""
+        return next((e for e in self.of("rollback") if e["to_seq"] < seq <= e["newest_seq"]), None)
+
     def _spans(self) -> Iterator[tuple[int, int]]:
-        for entry in self.of("jump"):
+        for entry in (*self.of("jump"), *self.of("rollback")):
             yield entry["first_batch"], entry["last_batch"]
 
 

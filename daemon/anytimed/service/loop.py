@@ -21,6 +21,7 @@ from anytimed.service import requests
 from anytimed.service.board import Board
 from anytimed.service.console import View
 from anytimed.service.control import Control
+from anytimed.service.failures import TrainingFailed
 from anytimed.service.gatekeeper import Gatekeeper
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
@@ -93,6 +94,7 @@ class Daemon:
         self._timetable.apply(self._config)
         for part in (self._reader, self._keeper, self._outbox, self._saving, self._timetable, self._control):
             part.start()
+        self._session.failures.watch()
         self._systemd.notify("READY=1")
         self._tell(always=True)
         try:
@@ -105,6 +107,8 @@ class Daemon:
                         self._state = self._wait()
                     case State.STOPPING:
                         self._state = self._stop()
+        except TrainingFailed:
+            raise
         except AnytimedError as error:
             # What was trained is good whatever ended the run: keep it, then say why.
             self._board.problem("run", str(error))
@@ -166,7 +170,21 @@ class Daemon:
     # --- a step, and what its number makes due
 
     def _step(self, batch: Batch) -> None:
-        self._learner.step(batch)
+        if self._session.decisions.jumped(batch.number):
+            log.info("batch %d is passed over", batch.number)
+            self._trained = Trained.on(batch)
+            self._steering.passed_over(batch.number)
+            return
+        self._session.failures.at(batch.number)
+        try:
+            self._learner.step(batch)
+            self._stepped(batch)
+        except AnytimedError:
+            raise
+        except Exception as error:
+            raise self._session.failures.record(error) from error
+
+    def _stepped(self, batch: Batch) -> None:
         self._saving.stepped()
         self._trained = Trained.on(batch)
         step, config = self._learner.step_count, self._config
@@ -175,10 +193,33 @@ class Daemon:
         if self._steering.evaluates(step):
             self._report()
             self._evaluate()
+        if self._span is not None:
+            self._go_back(self._span)
+            return
         if config.commits.every_steps and step % config.commits.every_steps == 0:
             self._saving.begin()
         if config.exports.every_steps and step % config.exports.every_steps == 0:
             self._begin_export()
+
+    def _go_back(self, span: Span) -> None:
+        """To the newest commit before the span, and then around it. What was exported since stays what it is."""
+        self._saving.settle()
+        commits = self._session.commits
+        to = commits.before(span.step)
+        if to is None:
+            raise AnytimedError(f"step {self._learner.step_count}: {span.why}, and there is no commit to go back to")
+        self._steering.rollback(span, self._learner.step_count, to, commits.seq)
+        self._reader.close()
+        self._systemd.extend(START_S)
+        commits.set_aside(to.manifest.seq, span.why)
+        state = self._session.go_back(to)
+        self._span = None
+        self._trained = Trained.at(self._session.position)
+        self._board.evaluation = self._session.evaluation
+        self._steering.restore(state["steering"])
+        self._reader = self._session.reader
+        self._reader.start()
+        self._saving.begin(again=True)
 
     def _evaluate(self) -> None:
         """Losses of x, y and z on the hold-out; and of the published x, where the gate could not compare otherwise."""
@@ -331,4 +372,5 @@ class Daemon:
         self._outbox.close()
         self._keeper.close()
         self._control.close()
+        self._session.failures.close()
         self._tell(always=True)

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,8 +96,9 @@ class Sources:
             run.release()
             run.acquire(at_least=seen.term, run_id=run_id)
 
-    def newest(self, needs: Needs, *, fresh: bool = False) -> Origin:
-        """The newest commit that verifies and the journal that it needs, both in place.
+    def newest(self, needs: Needs, *, fresh: bool = False, without: Collection[int] = ()) -> Origin:
+        """The newest commit that verifies and the journal that it needs, both in place. `without`: numbers of commits
+        that are not to be taken from the mirror.
 
         Raises Refused where commits exist and none verifies, or another process claimed the mirror; AnytimedError
         where nothing is here and the mirror does not answer, or a newer commit there cannot be fetched.
@@ -112,7 +113,7 @@ class Sources:
             if self._store is None:
                 raise
             refusal = error
-        fetched = not fresh and self._fetched(commits, local)
+        fetched = not fresh and self._fetched(commits, local, without)
         if fetched:
             local = commits.newest()  # what was fetched; damaged ones beside it go to quarantine
         elif local is None and self._problem is not None and not fresh:
@@ -164,11 +165,13 @@ class Sources:
         owner = self._run.owner()
         return max(look(self._store).term, owner.term if owner else 0)
 
-    def _fetched(self, commits: Commits, local: Commit | None) -> bool:
+    def _fetched(self, commits: Commits, local: Commit | None, without: Collection[int]) -> bool:
         """Bring the newest mirrored commit that verifies here, and its journal, if it is newer than the local one."""
         for manifest in self._seen.commits if self._seen is not None else ():
             if local is not None and manifest.order <= local.manifest.order:
                 return False
+            if manifest.seq in without:
+                continue
             assert self._store is not None
             than = f"the newest good one here is {local.path.name}" if local else "there is no good one here"
             log.info("taking commit %s from the mirror %s: %s", manifest.id, self._store.url, than)

@@ -48,7 +48,8 @@ from anytimed.service.assembly import (
     shape,
 )
 from anytimed.service.decisions import Decisions
-from anytimed.service.origin import START_S, Sources
+from anytimed.service.failures import Failures
+from anytimed.service.origin import START_S, Origin, Sources
 from anytimed.service.quarantine import Quarantine
 from anytimed.storage.commit import STATE
 from anytimed.storage.commits import Commit, Commits
@@ -113,6 +114,7 @@ class Session:
     position: Position
     quarantine: Quarantine
     decisions: Decisions
+    failures: Failures
     mirror: Mirror | None = None
     commit: Commit | None = None
     standing: Standing | None = None
@@ -196,6 +198,15 @@ class Session:
         tables = self.parts.config.sources
         return {name: without_credentials(str(table.settings.get("url", ""))) for name, table in tables.items()}
 
+    def go_back(self, commit: Commit) -> Json:
+        """Stand at a commit again, as a start from it would; its state."""
+        position = _restore(self.learner, commit)
+        state = commit.state
+        self.evaluation = Evaluation.from_json(state["evaluation"]) if state["evaluation"] else None
+        self.read_from(position)
+        self.position = position
+        return state
+
     def read_from(self, position: Position) -> None:
         """Read on from a position, by the configuration of `parts`."""
         pipeline = pipeline_of(self.parts, self.journal, self.quarantine, self.run.fold)
@@ -253,7 +264,7 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         problems["export"] = str(error)
         log.warning("%s; training goes on, exports wait", error)
 
-    origin = sources.newest(_journal_needs, fresh=fresh)
+    origin, decisions = _newest(sources, fresh)
     commits, journal, commit = origin.commits, origin.journal, origin.commit
     if origin.problem is not None:
         problems["mirror"] = origin.problem
@@ -277,6 +288,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         position = Position() if commit is None else _restore(learner, commit)
 
     quarantine = Quarantine(run.quarantine / "records")
+    failures = Failures(run.path)
+    failures.judge(decisions, learner.step_count, position.batches)
     pipeline = pipeline_of(parts, journal, quarantine, run.fold)
     pipeline.restore(position)
     session = Session(
@@ -291,7 +304,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         publisher=publisher,
         position=position,
         quarantine=quarantine,
-        decisions=Decisions(journal),
+        decisions=decisions,
+        failures=failures,
         mirror=origin.mirror,
         commit=commit,
         problems=problems,
@@ -323,6 +337,22 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
     via = f", taken from the mirror {origin.mirror.url}," if origin.mirror and origin.taken == "mirror" else ""
     log.info("resumed step %d from %s%s on %s", commit.manifest.step, commit.path, via, device)
     return session
+
+
+def _newest(sources: Sources, fresh: bool) -> tuple[Origin, Decisions]:
+    """The newest commit to go on from. One that was gone back from, by a process that was killed before it made
+    another, is set aside now."""
+    without: set[int] = set()
+    while True:
+        origin = sources.newest(_journal_needs, fresh=fresh, without=without)
+        decisions = Decisions(origin.journal)
+        seq = origin.commit.manifest.seq if origin.commit is not None else 0
+        if (undone := decisions.undone(seq)) is None:
+            return origin, decisions
+        log.warning("commit %d was gone back from: %s", seq, undone["why"])
+        origin.commits.set_aside(undone["to_seq"], undone["why"])
+        without.update(range(undone["to_seq"] + 1, undone["newest_seq"] + 1))
+        origin.journal.close()
 
 
 def _journal_needs(commit: Commit) -> tuple[int, str]:

@@ -77,6 +77,10 @@ class Saving:
             self._committed_step, self._began = self._learner.step_count, time.monotonic()
             self._committer.submit(snapshot, self.table.keep)
 
+    def settle(self) -> None:
+        """Wait for the commit in flight, if there is one."""
+        self._committer.wait()
+
     def catch_up(self) -> None:
         """Begin what is owed."""
         if self._owed and not self._committer.busy and time.monotonic() >= self._owed_from:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from anytimed.config import Config
 from anytimed.contracts import AnytimedError, Evaluation, Json, StepReport
 from anytimed.service.decisions import Decisions
+from anytimed.storage.commit import Commit
 from anytimed.training.guard import Guard, Span
 from anytimed.training.learner import Learner
 
@@ -41,6 +42,7 @@ class Steering:
     def restore(self, state: Json | None) -> None:
         """Go on from a commit's state (None: from the beginning), at the step that the learner stands at."""
         self._guard = _guard_of(self._config)
+        self._unnoted = [entry for entry in self._unnoted if entry["kind"] in ("rollback", "jump")]
         wanted = self._config.evaluation.every_steps
         step = self._learner.step_count
         self._every = [(step, state["evaluation_every_steps"] if state else wanted)]
@@ -71,6 +73,34 @@ class Steering:
         if self._every[-1][1] != every:
             self._set_every(step, every)
             self._note({"kind": "evaluations", "step": step, "batch": self._batch, "every_steps": every})
+
+    def passed_over(self, batch: int) -> None:
+        """A batch was jumped over."""
+        self._batch = batch
+
+    def rollback(self, span: Span, step: int, to: Commit, newest_seq: int) -> None:
+        """Decide to go back to a commit and around a span of batches. Raises AnytimedError where the budget is used up,
+        or the decision cannot be journalled: it must not be taken without."""
+        table, batch = self._config.guard, self._batch
+        since = batch - table.rollback_batches
+        before = [entry for entry in self._decisions.of("rollback") if entry["batch"] > since]
+        if len(before) >= table.rollbacks:
+            raise AnytimedError(
+                f"step {step}: {span.why}, and {len(before)} rollbacks within {table.rollback_batches} batches did not "
+                "help ([guard] rollbacks). Look at the data and the learning rate; a start resumes at the last commit"
+            )
+        manifest = to.manifest
+        entry = {
+            "kind": "rollback", "step": step, "batch": batch, "why": span.why, "to_step": manifest.step,
+            "to_seq": manifest.seq, "newest_seq": newest_seq,
+            "first_batch": span.first_batch, "last_batch": span.last_batch,
+        }  # fmt: skip
+        self._decisions.note(entry)
+        self._tell(entry)
+        log.warning(
+            "step %d: %s; back to step %d, and around batches %d to %d",
+            step, span.why, manifest.step, span.first_batch, span.last_batch,
+        )  # fmt: skip
 
     @property
     def problem(self) -> str | None:

@@ -169,6 +169,27 @@ class Commits:
             )
         return None
 
+    def before(self, step: int) -> Commit | None:
+        """The newest commit of a step below this one that verifies, read from the disk; else the oldest that does."""
+        readable, _ = self._read_all()
+        earlier = [commit for commit in readable if commit.manifest.step < step]
+        for commit in [*earlier, *reversed([c for c in readable if c not in earlier])]:
+            if self.recheck(commit.path) is None:
+                return commit
+        return None
+
+    @property
+    def seq(self) -> int:
+        """The highest number that was given to a commit, or an attempt at one."""
+        return self._seq
+
+    def set_aside(self, after_seq: int, why: str) -> None:
+        """Move every commit with a higher number to quarantine: the run goes on from that one."""
+        readable, _ = self._read_all()
+        for commit in readable:
+            if commit.manifest.seq > after_seq:
+                self.rejected.append(self._quarantine(Rejected(commit.path, f"no rollback to {after_seq}", why)))
+
     def retain(self, keep: int) -> list[Commit]:
         """Keep the `keep` newest verified commits (2 or more), delete what is older; the kept ones, newest first.
 

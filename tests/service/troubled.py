@@ -1,0 +1,28 @@
+"""A Llama that meets trouble where its text says so: `~` makes a loss that is not finite, `^` raises, `|` aborts the
+process. The text of the tests has none of these otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from tests.crash.audited import AuditedLlama
+
+NAN, RAISES, ABORTS = "~", "^", "|"
+
+
+class TroubledLlama(AuditedLlama):
+    def losses(
+        self, module: Callable[..., torch.Tensor], tokens: torch.Tensor, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        found = super().losses(module, tokens, documents)
+        if torch.is_grad_enabled():
+            if (tokens == ord(RAISES)).any():
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            if (tokens == ord(ABORTS)).any():
+                os.abort()
+            if (tokens == ord(NAN)).any():
+                return found * torch.nan
+        return found
