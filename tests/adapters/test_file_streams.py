@@ -1,11 +1,11 @@
-"""Text and JSON Lines: the contract of a stream, then what files can do to it."""
+"""Text and JSON Lines, and what files can do to them; the contract is in test_formats_contract.py."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, Stream, StreamUnavailable
-from anytimed.testing.streams import StreamContract, digests, texts
+from anytimed.testing.streams import digests, texts
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
 
@@ -43,67 +43,6 @@ def flip(file: Path, at: int = -10) -> None:
     before = file.stat()
     file.write_bytes(content)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # a clock tick, whatever the clock's resolution
-
-
-class TestJsonLines(StreamContract):
-    def stream(self, folder: Path) -> Stream:
-        return jsonl(folder)
-
-    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        (folder / f"{name}.jsonl").write_bytes(lines(*texts))
-
-    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        with (folder / f"{name}.jsonl").open("ab") as file:
-            file.write(lines(*texts))
-
-    def rewrite(self, folder: Path, name: str) -> None:
-        flip(folder / f"{name}.jsonl", 12)
-
-
-class TestTextFiles(StreamContract):
-    def stream(self, folder: Path) -> Stream:
-        return text(folder)
-
-    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        for i, document in enumerate(texts):
-            (folder / f"{name}.{i}.txt").write_bytes(document.encode())
-
-    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        last = max(folder.glob(f"{name}.*.txt"))
-        with last.open("ab") as file:
-            file.write("".join(texts).encode())
-
-    def rewrite(self, folder: Path, name: str) -> None:
-        flip(folder / f"{name}.0.txt")
-
-
-class TestJsonLinesInMemoryStore(TestJsonLines):
-    """The same behind another filesystem, where a signature is not the one of local files."""
-
-    def _path(self, folder: Path, name: str) -> str:
-        return f"memory:/{folder}/{name}.jsonl"
-
-    def stream(self, folder: Path) -> Stream:
-        return jsonl(f"memory:/{folder}")
-
-    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        with fsspec.open(self._path(folder, name), "wb") as file:
-            file.write(lines(*texts))
-
-    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        path = self._path(folder, name)
-        with fsspec.open(path) as file:
-            content = file.read()
-        with fsspec.open(path, "wb") as file:
-            file.write(content + lines(*texts))
-
-    def rewrite(self, folder: Path, name: str) -> None:
-        path = self._path(folder, name)
-        with fsspec.open(path) as file:
-            content = bytearray(file.read())
-        content[12] ^= 1
-        with fsspec.open(path, "wb") as file:
-            file.write(bytes(content))
 
 
 # --- lines and the moments at which they are discovered ---------------------------------------------------------------

@@ -100,7 +100,7 @@ class FileStream(ABC):
         self._spans = Spans()
         self._finished: dict[int, str] = {}
         self._unsettled: dict[str, tuple[int, Version, float]] = {}
-        self._start_listing: tuple[Listing, float] | None = None
+        self._start_listing: tuple[Listing, float] | None = None  # of what differed at `verify`
 
     # --- Stream -------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,8 @@ class FileStream(ABC):
         """Compare spans whose file has another version than journalled, by content; a file that is gone is fine."""
         self._finished.update(finished)
         listing = self._store.list()
-        for row in sorted({*self._spans.changed(listing), *self._spans.grown(listing)}):
+        changed = self._spans.changed(listing)
+        for row in sorted({*changed, *self._spans.grown(listing)}):
             path, size, version = listing.paths[row], listing.sizes[row], listing.versions[row]
             last = self._spans.last(path)
             for index in sorted(self._spans.of_file(last)) if last is not None else ():
@@ -154,7 +155,7 @@ class FileStream(ABC):
                     self._require(index, size)
             if last is not None and last in finished:
                 self._spans.note_checked(last, size, version)
-        self._start_listing = (listing, self._clock())
+        self._start_listing = (listing.of(changed), self._clock())
 
     def lag(self, place: Json | None) -> int:
         """Bytes adopted and not yet read, after `place`."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from stat import S_ISREG
+from stat import S_IFMT, S_IFREG
 from typing import TYPE_CHECKING, Any
 
 from fsspec.utils import glob_translate
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Version = int | str
 
+_KIND = S_IFMT(-1 & 0xFFFF)
 _UNFINISHED = (".tmp", ".part")
 _VERSION_KEYS = (
     "ETag",
@@ -56,6 +57,11 @@ class Listing:
         self.sizes.append(size)
         self.versions.append(version)
 
+    def of(self, rows: Iterable[int]) -> Listing:
+        """These rows alone."""
+        some = list(rows)
+        return Listing(*([column[row] for row in some] for column in (self.paths, self.sizes, self.versions)))
+
 
 class Selection:
     """Which files of a filesystem are the source's."""
@@ -69,7 +75,9 @@ class Selection:
         parent, _, last = pattern.rpartition("/")
         everything = last == "**"
         self._folder = re.compile(glob_translate(f"{parent}/**" if everything else f"{parent}/*"))
-        self._name = re.compile(glob_translate("*" if everything else last))
+        name = glob_translate("*" if everything else last)
+        self.is_named = re.compile(rf"(?!\.){name}(?<!\.tmp)(?<!\.part)").match
+        """Whether a file's name matches the glob's last part and is not left out."""
         rest = pattern[len(self.base) + 1 :]
         self.deepest = None if "**" in rest else rest.count("/")
         """How many folders below the base files can lie; None: any."""
@@ -78,15 +86,12 @@ class Selection:
         """Whether the files of a folder (full path) can match the glob."""
         return self._folder.match(f"{folder}/x") is not None
 
-    def takes(self, path: str, name: str) -> bool:
-        """Whether a file, in a folder that is neither left out nor unfit, is the source's. path: relative."""
-        return self._name.match(name) is not None and not left_out(name) and self._remains(path)
-
     def takes_path(self, path: str) -> bool:
         """Whether a file that matches the glob already is the source's. path: relative."""
-        return not any(map(left_out, path.split("/"))) and self._remains(path)
+        return not any(map(left_out, path.split("/"))) and self.remains(path)
 
-    def _remains(self, path: str) -> bool:
+    def remains(self, path: str) -> bool:
+        """Whether a file that matches is not excluded and can be journalled. path: relative."""
         if self._excluded and any(glob.match(path) for glob in self._excluded):
             return False
         return path.isascii() or self._can_be_journalled(path)
@@ -137,9 +142,12 @@ def listed_locally(selection: Selection) -> Listing:
 
 
 def _walk_folder(selection: Selection, found: Listing, full: str, prefix: str) -> list[tuple[os.DirEntry[str], str]]:
-    """Add the folder's files to `found`; its folders and their paths."""
+    """Add the folder's files to `found`; its folders and their paths. This loop is what listing a million files costs,
+    beside asking the system for them."""
     folders = []
-    takes, wanted = selection.takes, selection.takes_files_of(full.rstrip("/"))
+    is_named, remains = selection.is_named, selection.remains
+    wanted = selection.takes_files_of(full.rstrip("/"))
+    add_path, add_size, add_version = found.paths.append, found.sizes.append, found.versions.append
     with os.scandir(full) as entries:
         for entry in entries:
             name = entry.name
@@ -147,10 +155,13 @@ def _walk_folder(selection: Selection, found: Listing, full: str, prefix: str) -
                 if entry.is_dir():
                     if not left_out(name):
                         folders.append((entry, prefix + name))
-                elif wanted and takes(prefix + name, name):
+                elif wanted and is_named(name):
                     stat = entry.stat()
-                    if S_ISREG(stat.st_mode) and stat.st_size:
-                        found.add(prefix + name, stat.st_size, stat.st_mtime_ns)
+                    path, size = prefix + name, stat.st_size
+                    if size and stat.st_mode & _KIND == S_IFREG and remains(path):
+                        add_path(path)
+                        add_size(size)
+                        add_version(stat.st_mtime_ns)
             except FileNotFoundError:
                 continue  # deleted between the two looks, or a link to nothing
             except OSError:

@@ -95,7 +95,8 @@ class ParquetFiles(FileStream):
     def _rows(self, file: _RangeFile) -> Iterator[tuple[Record | Rejected, int, int]]:
         """Items, each with its row group and the rows of the group up to and including it."""
         column = self._settings.text_field
-        parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+        parquet = pq.ParquetFile(file, **options)
         metadata, schema = parquet.metadata, parquet.schema_arrow
         if (place := schema.get_field_index(column)) < 0:
             raise Torn(f"it has no column {column!r}, or several; found {schema.names}")
@@ -104,9 +105,7 @@ class ParquetFiles(FileStream):
         if _is_text(kind) and any(
             metadata.row_group(i).column(leaf).has_dictionary_page for i in range(metadata.num_row_groups)
         ):
-            parquet = pq.ParquetFile(
-                file, buffer_size=_BUFFER_BYTES, pre_buffer=False, read_dictionary=[column], metadata=metadata
-            )
+            parquet = pq.ParquetFile(file, read_dictionary=[column], metadata=metadata, **options)
         for group in range(metadata.num_row_groups):
             rows = self._batch_rows(metadata.row_group(group), leaf)
             row = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, repeat
-from operator import sub
+from operator import ne, sub
 from typing import Any, NamedTuple
 
 from anytimed_adapters.streams.listing import Listing, Version
@@ -56,7 +56,7 @@ class Spans:
         stops = array("q", [row[2] for row in rows])
         versions = [row[3] for row in rows]
         last = dict(zip(paths, range(first, first + len(paths)), strict=True))
-        if len(last) == len(paths) and self._last.keys().isdisjoint(last):
+        if len(last) == len(paths) and self._last.keys().isdisjoint(last.keys()):
             self._before.extend(repeat(-1, len(paths)))
             self._last.update(last)
         else:
@@ -93,7 +93,12 @@ class Spans:
     def changed(self, listing: Listing) -> list[int]:
         """Rows of the listing that differ from what was adopted or last `note_checked`: new, grown, touched."""
         stops, checked = self._stops, self._checked
-        known = map(self._last.get, listing.paths)
+        known = list(map(self._last.get, listing.paths))
+        if None not in known:  # as nearly always: then without a step of the interpreter for each
+            sizes = map(ne, map(stops.__getitem__, known), listing.sizes)  # type: ignore[arg-type]
+            versions = map(ne, map(checked.__getitem__, known), listing.versions)  # type: ignore[arg-type]
+            if not (any(sizes) or any(versions)):
+                return []
         return [
             row
             for row, (last, size, version) in enumerate(zip(known, listing.sizes, listing.versions, strict=True))
