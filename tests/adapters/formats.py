@@ -44,9 +44,10 @@ def table(texts: Sequence[str], *, group: int = 2, **options: Any) -> bytes:
 def archive(texts: Sequence[str], *, extension: str = "txt", form: int = tarfile.PAX_FORMAT) -> bytes:
     """Members of other extensions between them, and names that no one should follow."""
     file = io.BytesIO()
+    letters = 20 if form == tarfile.USTAR_FORMAT else 60  # a header of its own for the name, where there can be one
     with tarfile.open(fileobj=file, mode="w", format=form) as tar:
         for i, text in enumerate(texts):
-            for name, data in ((f"../../{i:04}.cls", b"7"), (f"/etc/{'é' * 60}{i:04}.{extension}", text.encode())):
+            for name, data in ((f"../../{i:04}.cls", b"7"), (f"/etc/{'é' * letters}{i:04}.{extension}", text.encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

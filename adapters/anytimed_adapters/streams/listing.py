@@ -59,8 +59,9 @@ class Listing:
 
     def of(self, rows: Iterable[int]) -> Listing:
         """These rows alone."""
+        paths, sizes, versions = self.paths, self.sizes, self.versions
         some = list(rows)
-        return Listing(*([column[row] for row in some] for column in (self.paths, self.sizes, self.versions)))
+        return Listing([paths[row] for row in some], [sizes[row] for row in some], [versions[row] for row in some])
 
 
 class Selection:

@@ -67,12 +67,14 @@ class TokenFiles(FileStream):
         if at and digest.hexdigest() != at["digest"]:
             told = f"bytes {span.start} to {offset} with digest {at['digest']}"
             raise self._store.rewritten(span.path, told, digest.hexdigest())
-        source.hash(digest, offset, min(layout.first, span.stop))  # a header
-        offset = max(offset, layout.first)
+        if not at:
+            source.hash(digest, offset, min(layout.first, span.stop))  # a header
+            offset = layout.first  # before the span where it begins inside a token
         for block, cuts in self._blocks(source, layout, offset):
             raw, tokens = memoryview(block), np.frombuffer(block, layout.dtype)
             width, done = layout.dtype.itemsize, 0
             for cut in cuts:
+                source.check()
                 digest.update(raw[max(done * width, span.start - offset) : cut * width])
                 item = _record(tokens[done:cut])
                 done = cut
@@ -152,10 +154,14 @@ class _Source:
         """All of the bytes [start, stop). Raises Refused where the file is shorter."""
         if self._mapped is None:
             return b"".join(self._store.ranges(self._span.path, start, stop))
-        # Touching a mapping beyond the end of its file would end the process.
-        if (size := self._mapped.size()) < stop or len(self._mapped) < stop:
-            raise self._store.rewritten(self._span.path, f"at least {self._span.stop} bytes", f"{size} bytes")
+        self.check()
         return memoryview(self._mapped)[start:stop]
+
+    def check(self) -> None:
+        """Raise Refused where the file is shorter than the span: touching a mapping beyond the end of its file would
+        end the process. To be called again whenever others had their turn."""
+        if self._mapped is not None and (size := min(self._mapped.size(), len(self._mapped))) < self._span.stop:
+            raise self._store.rewritten(self._span.path, f"at least {self._span.stop} bytes", f"{size} bytes")
 
     def hash(self, digest: Digest, start: int, stop: int) -> None:
         while start < stop:
