@@ -13,6 +13,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from mmap import mmap
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,9 @@ from anytimed_adapters.streams.spans import Span
 from anytimed_adapters.streams.store import RANGE_BYTES, FileStore, Vanished
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
-_HEADER_BYTES = 64 << 10
+_HEADER_BYTES = 8 << 10
+"""The header is parsed as a Python literal; numpy takes up to 10,000 bytes for safe."""
+_BAD_HEADER = (ValueError, TypeError, LookupError, SyntaxError, TokenError, MemoryError, RecursionError)
 
 
 class TokenFiles(FileStream):
@@ -178,7 +181,7 @@ def _npy_layout(head: bytes, size: int) -> _Layout:
         if read is None:
             raise ValueError(f"format version {version}")
         shape, fortran_order, dtype = read(file, max_header_size=_HEADER_BYTES)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+    except _BAD_HEADER as error:
         raise Torn(f"no header of an .npy file: {str(error)[:200]}") from None
     if dtype not in _DTYPES.values() or fortran_order or len(shape) not in (1, 2) or min(shape, default=0) < 0:
         told = "uint16, uint32 or int32, little endian, in one row or rows in C order"
