@@ -1,8 +1,9 @@
 """What a start costs with a million files already read, beside the bare listing: `python -m tests.long.million_files`.
 
-Files are made in a folder of a thousand folders (`--keep DIR` keeps them for another time). Then, a number of times: the
-bare os.scandir and stat of all of them; adopting their rows; verify and the first discover, which share one listing; a
-discover with nothing new. Prints seconds of processor time, so that a busy machine does not count, one JSON line a round.
+Files are made in a folder of a thousand folders (`--keep DIR` keeps them for another time). Then, a number of times:
+the bare os.scandir and stat of all of them; adopting their rows; verify and the first discover, which share one
+listing; a discover with nothing new. Prints seconds of processor time, so that a busy machine counts less, one JSON
+line a round.
 """
 
 from __future__ import annotations
