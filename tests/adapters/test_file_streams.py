@@ -1,11 +1,11 @@
-"""Text and JSON Lines: the contract of a stream, then what files can do to it."""
+"""Text and JSON Lines, and what files can do to them; the contract is in test_formats_contract.py."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, Stream, StreamUnavailable
-from anytimed.testing.streams import StreamContract, digests, texts
+from anytimed.testing.streams import digests, texts
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
 
@@ -45,67 +45,6 @@ def flip(file: Path, at: int = -10) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # a clock tick, whatever the clock's resolution
 
 
-class TestJsonLines(StreamContract):
-    def stream(self, folder: Path) -> Stream:
-        return jsonl(folder)
-
-    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        (folder / f"{name}.jsonl").write_bytes(lines(*texts))
-
-    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        with (folder / f"{name}.jsonl").open("ab") as file:
-            file.write(lines(*texts))
-
-    def rewrite(self, folder: Path, name: str) -> None:
-        flip(folder / f"{name}.jsonl", 12)
-
-
-class TestTextFiles(StreamContract):
-    def stream(self, folder: Path) -> Stream:
-        return text(folder)
-
-    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        for i, document in enumerate(texts):
-            (folder / f"{name}.{i}.txt").write_bytes(document.encode())
-
-    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        last = max(folder.glob(f"{name}.*.txt"))
-        with last.open("ab") as file:
-            file.write("".join(texts).encode())
-
-    def rewrite(self, folder: Path, name: str) -> None:
-        flip(folder / f"{name}.0.txt")
-
-
-class TestJsonLinesInMemoryStore(TestJsonLines):
-    """The same behind another filesystem, where a signature is not the one of local files."""
-
-    def _path(self, folder: Path, name: str) -> str:
-        return f"memory:/{folder}/{name}.jsonl"
-
-    def stream(self, folder: Path) -> Stream:
-        return jsonl(f"memory:/{folder}")
-
-    def write(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        with fsspec.open(self._path(folder, name), "wb") as file:
-            file.write(lines(*texts))
-
-    def append(self, folder: Path, name: str, texts: Sequence[str]) -> None:
-        path = self._path(folder, name)
-        with fsspec.open(path) as file:
-            content = file.read()
-        with fsspec.open(path, "wb") as file:
-            file.write(content + lines(*texts))
-
-    def rewrite(self, folder: Path, name: str) -> None:
-        path = self._path(folder, name)
-        with fsspec.open(path) as file:
-            content = bytearray(file.read())
-        content[12] ^= 1
-        with fsspec.open(path, "wb") as file:
-            file.write(bytes(content))
-
-
 # --- lines and the moments at which they are discovered ---------------------------------------------------------------
 
 CONTENT = (
@@ -133,7 +72,7 @@ def test_each_line_comes_once_whatever_the_moments_of_discovery(
     for stop in [*sorted(set(moments)), len(CONTENT)]:
         file.write_bytes(CONTENT[:stop])
         entries = stream.discover()
-        assert [(e["path"], e["stop"]) for e in entries] == [("a.jsonl", stop)]
+        assert [(path, end) for path, _, end, _ in entries] == [("a.jsonl", stop)]
         stream.adopt(entries)
         found += entries
         for item, after in stream.read(place):
@@ -247,27 +186,27 @@ def test_lists_by_path_and_leaves_out_what_is_unfinished_hidden_excluded_or_empt
     (tmp_path / "c.txt").symlink_to(tmp_path / "b.txt")
     stream = TextFiles(TextFiles.Settings(url=f"file://{tmp_path}/**", exclude=("old/*", "**/*.bak.txt")), "texts")
     entries = stream.discover()
-    assert [entry["path"] for entry in entries] == ["a/1.txt", "b.txt", "b/z.txt", "c.txt"]
+    assert [entry[0] for entry in entries] == ["a/1.txt", "b.txt", "b/z.txt", "c.txt"]
     stat = (tmp_path / "a/1.txt").stat()
-    assert entries[0] == {"path": "a/1.txt", "start": 0, "stop": 7, "signature": f"7-{stat.st_mtime_ns}"}
+    assert entries[0] == ["a/1.txt", 0, 7, stat.st_mtime_ns]
 
 
 def test_a_url_without_wildcard_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("text")
     stream = TextFiles(TextFiles.Settings(url=str(tmp_path / "only.txt")), "texts")
-    assert [entry["path"] for entry in stream.discover()] == ["only.txt"]
+    assert [entry[0] for entry in stream.discover()] == ["only.txt"]
 
 
 def test_a_name_that_cannot_be_journalled_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("text")
     (tmp_path / "good.txt").write_text("text")
-    assert [entry["path"] for entry in text(tmp_path).discover()] == ["good.txt"]
+    assert [entry[0] for entry in text(tmp_path).discover()] == ["good.txt"]
     assert "not UTF-8" in caplog.text
 
 
 def test_an_empty_span_gives_no_record_and_is_finished() -> None:
     stream = text("/nowhere")
-    stream.adopt([{"path": "a.txt", "start": 0, "stop": 0, "signature": "0-0"}])
+    stream.adopt([["a.txt", 0, 0, 0]])
     assert [type(item) for item, _ in stream.read(None)] == [Finished]
 
 
@@ -383,7 +322,7 @@ def test_links_are_followed_once_and_a_link_to_a_folder_above_ends_there(tmp_pat
     (tmp_path / "data" / "sub" / "loop").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "dangling.jsonl.part").symlink_to(tmp_path / "nowhere")
     found = jsonl(tmp_path / "data").discover()
-    assert [entry["path"] for entry in found] == ["linked/b.jsonl", "sub/a.jsonl"]
+    assert [entry[0] for entry in found] == ["linked/b.jsonl", "sub/a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -405,6 +344,6 @@ def test_a_glob_means_what_fsspec_says_it_means(tmp_path: Path, pattern: str, ex
         (tmp_path / name).write_bytes(lines(name))
     url = f"{tmp_path}/{pattern}"
     stream = JsonLines(JsonLines.Settings(url=url), "s")
-    found = [entry["path"] for entry in stream.discover()]
+    found = [entry[0] for entry in stream.discover()]
     assert found == expected
     assert len(found) == len([p for p in fsspec.filesystem("file").glob(url) if p.endswith(".jsonl")])

@@ -138,7 +138,7 @@ def test_errors_of_a_web_source_hide_what_its_url_carries(tmp_path: Path) -> Non
         stream = TextFiles(TextFiles.Settings(url=signed), "web")
         with pytest.raises(StreamUnavailable, match="is not there") as listing:
             stream.discover()
-        stream.adopt([{"path": "a.txt", "start": 0, "stop": 4, "signature": "4-"}])
+        stream.adopt([["a.txt", 0, 4, ""]])
         with pytest.raises(StreamUnavailable, match="403") as reading:
             list(stream.read(None))
     proof = base64.b64encode(b"ada:planted-password").decode()  # which the server repeats in its answer

@@ -1,63 +1,49 @@
-"""Files behind any fsspec URL as a stream of spans: what text and JSON Lines share.
+"""Files behind any fsspec URL as a stream of spans: what all file formats share.
 
 `discover` lists the files of a glob without any cache and says what is new: a new file is one span, a file that grew
-is a span from where the last one stopped. `adopt` appends spans to the list; `read` goes through it and hashes every
-byte on the way, so that a place inside a span carries the digest of what lies before it, and a finished span its own.
-These digests are how rewritten data is recognised: when a place is resumed, when a file's signature (size and
-modification time, or the store's etag) is not the one that was journalled, and when a file grew (its last finished
-span, so that a growing log costs no more than reading it twice; the whole of it at the next start).
+is a span from where the last one stopped. `adopt` appends spans to the list; `read` goes through it, and a format
+gives the records of each span with the places between them. A place inside a span carries the digest of what lies
+before it, and a finished span has its own. These digests are how rewritten data is recognised: when a place is
+resumed, when a file's size or version (modification time, or the store's etag) is not the one that was journalled, and
+when a file grew (its last finished span, so that a growing log costs no more than reading it twice; the whole of it at
+the next start).
 
-Bytes come in ranges of bounded size. No handle is held between two items: a file that vanishes or a store that does not
-answer is StreamUnavailable, and reading goes on at the same byte later.
+A format whose files make no sense before they are whole says that it `_settles`: where a store shows files that are
+still being written, such a file is discovered once nothing has changed it for `settle_s`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import re
-import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from stat import S_ISREG
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, StreamUnavailable
-from anytimed.urls import bounded, credentials, told
+from anytimed.contracts import Finished, Json, Record, Rejected
+from anytimed_adapters.streams.listing import Listing, Version
+from anytimed_adapters.streams.spans import Spans
+from anytimed_adapters.streams.store import FileStore, Vanished
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
-_RANGE_BYTES = 4 << 20
-_WEB = ("http://", "https://")
-_REMEDY = "Restore the file as it was (new data goes into new files, or at the end), or start over with --fresh"
-
-# Errors of store drivers that are no OSError. Looked up only in modules that a driver has already loaded.
-_DRIVER_ERRORS = (
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("aiohttp", "ClientError"),
-    ("gcsfs.retry", "HttpError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("azure.core.exceptions", "AzureError"),
-)
-
-_logger = logging.getLogger(__name__)
+AT_END = -1
+"""The offset of a place behind all items of a span that could not be read to its end."""
+_LISTING_KEEPS_S = 30.0
+"""How long the listing of a start serves the first `discover` too."""
 
 
 class Digest(Protocol):
     """The part of a hashlib object that a reader of items needs."""
 
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+Items = Generator[tuple[Record | Rejected, Json], None, str]
+"""Items of one span, each with the place after it; returns the digest of the span."""
 
 
 class FileSettings(BaseModel):
@@ -74,6 +60,12 @@ class FileSettings(BaseModel):
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="Passed to the fsspec filesystem: endpoint, credentials."
     )
+    settle_s: float = Field(
+        default=5.0,
+        ge=0,
+        description="A file that cannot be read in parts (compressed, Parquet, .npy, tar) is taken once it has not "
+        "changed for this long, in seconds; only where the store shows files that are still being written.",
+    )
     max_record_bytes: int = Field(default=16 << 20, gt=0, description="Longer records are set aside in quarantine.")
     encoding_errors: Literal["replace", "reject"] = Field(
         default="replace",
@@ -88,110 +80,120 @@ class FileSettings(BaseModel):
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes [start, stop) of a file. path: relative to the glob's base. signature: of the file when it was
-    discovered."""
-
-    path: str
-    start: int
-    stop: int
-    signature: str
-
-
 class FileStream(ABC):
-    """A `Stream` over spans of files; a format says with `_items` what the records of one span are."""
+    """A `Stream` over spans of files; a format says with `_items` what the records of one span are.
 
-    def __init__(self, settings: FileSettings, name: str) -> None:
+    clock, wall_clock: seconds, for `settle_s`."""
+
+    def __init__(
+        self,
+        settings: FileSettings,
+        name: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._settings = settings
         self._name = name
-        self._secrets = credentials(settings.url, settings.storage_options)
-        # A query (a signature, a token) is no part of a file's name: it would stand in the journal, and the next
-        # signature would make another file of it.
-        url, _, query = settings.url.partition("?") if settings.url.startswith(_WEB) else (settings.url, "", "")
-        self._query = f"?{query}" if query else ""
-        try:
-            fs, pattern = url_to_fs(url, **bounded(url, settings.storage_options))
-            glob_translate(pattern)
-        except (ImportError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"source {name!r}: url = {self._told(settings.url)!r} cannot be opened: {self._told(str(error))}. "
-                "Expected a path or an fsspec URL whose driver is installed (s3://: pip install 'anytimed[s3]', "
-                "gs://: pip install 'anytimed[gcs]')"
-            ) from None
-        self._fs: AbstractFileSystem = fs
-        self._pattern: str = pattern
-        self._base = _base(pattern)
-        self._excluded = [re.compile(glob_translate(glob)) for glob in settings.exclude]
-        self._spans: list[Span] = []
-        self._ends: list[int] = [0]  # bytes adopted up to and including a span; one longer than the spans
-        self._of_path: dict[str, list[int]] = {}
+        self._clock, self._wall_clock = clock, wall_clock
+        self._store = FileStore(settings.url, settings.exclude, settings.storage_options, name)
+        self._spans = Spans()
         self._finished: dict[int, str] = {}
-        self._checked: dict[str, str] = {}  # path: the newest signature under which its content was found unchanged
-        self._unnamed: set[str] = set()
+        self._unsettled: dict[str, tuple[int, Version, float]] = {}
+        self._start_listing: tuple[Listing, float] | None = None  # of what differed at `verify`
 
     # --- Stream -------------------------------------------------------------------------------------------------------
 
-    def discover(self) -> list[Json]:
-        """Spans of new and grown files, by path. Raises StreamUnavailable; Refused on a shrunk or rewritten file."""
-        new = []
-        for path, (size, signature) in sorted(self._list().items()):
-            known = self._of_path.get(path)
-            last = self._spans[known[-1]] if known else Span(path, 0, 0, "")
-            if known and signature != self._checked[path]:
-                self._require(known[-1], size)
-                self._checked[path] = signature
-            if size > last.stop:
-                new.append(asdict(Span(path, last.stop, size, signature)))
+    def discover(self) -> list[Any]:
+        """Rows [path, start, stop, version] of new and grown files, by path. Raises StreamUnavailable; Refused on a
+        shrunk or rewritten file."""
+        listing = self._listing_of_start() or self._store.list()
+        new: list[Any] = []
+        before, self._unsettled = self._unsettled, {}
+        for row in sorted(self._spans.changed(listing), key=listing.paths.__getitem__):
+            path, size, version = listing.paths[row], listing.sizes[row], listing.versions[row]
+            start = 0
+            if (last := self._spans.last(path)) is not None:
+                start = self._spans[last].stop
+                if not self._spans.is_checked(last, size, version):
+                    if size > start and not self._grows(path):
+                        raise self._store.rewritten(path, f"{start} bytes, for such a file cannot grow", f"{size}")
+                    self._require(last, size)
+                    self._spans.note_checked(last, size, version)
+            if size > start and self._has_settled(path, size, version, before.get(path)):
+                new.append([path, start, size, version])
         return new
 
-    def adopt(self, entries: Sequence[Json]) -> None:
-        for entry in entries:
-            span = Span(**entry)
-            self._of_path.setdefault(span.path, []).append(len(self._spans))
-            self._checked[span.path] = span.signature
-            self._spans.append(span)
-            self._ends.append(self._ends[-1] + span.stop - span.start)
+    def adopt(self, entries: Sequence[Any]) -> None:
+        self._spans.adopt(entries)
 
     def read(self, place: Json | None) -> Iterator[tuple[Record | Rejected | Finished, Json]]:
-        """Items after `place`: {"entry", "offset" in the file, "digest" of the span's bytes before the offset}."""
-        index, offset, digest = (place["entry"], place["offset"], place["digest"]) if place else (0, 0, "")
+        """Items after `place`: {"entry", where in the entry, "digest" of what lies before that}."""
+        index = place["entry"] if place else 0
+        at = place if place and place["digest"] else None
         while index < len(self._spans):
-            yield from self._read_span(index, offset, digest)
-            index, offset, digest = index + 1, 0, ""
+            if at is not None and at["offset"] == AT_END:
+                digest = self._digest(index)
+                self._compare(index, at["digest"], digest)
+            else:
+                digest = yield from self._items(index, at)
+            self._finished[index] = digest
+            yield Finished(index, digest), {"entry": index + 1, "offset": 0, "digest": ""}
+            index, at = index + 1, None
 
     def verify(self, finished: Mapping[int, str]) -> None:
-        """Compare spans whose file has another signature than journalled, by content; a file that is gone is fine."""
+        """Compare spans whose file has another version than journalled, by content; a file that is gone is fine."""
         self._finished.update(finished)
-        found = self._list()
-        for index in sorted(finished):
-            span = self._spans[index]
-            if span.path in found:
-                size, signature = found[span.path]
-                if signature != span.signature:
+        listing = self._store.list()
+        changed = self._spans.changed(listing)
+        for row in sorted({*changed, *self._spans.grown(listing)}):
+            path, size, version = listing.paths[row], listing.sizes[row], listing.versions[row]
+            last = self._spans.last(path)
+            for index in sorted(self._spans.of_file(last)) if last is not None else ():
+                span = self._spans[index]
+                if index in finished and (size, version) != (span.stop, span.version):
                     self._require(index, size)
-                if index == self._of_path[span.path][-1]:
-                    self._checked[span.path] = signature
+            if last is not None and last in finished:
+                self._spans.note_checked(last, size, version)
+        self._start_listing = (listing.of(changed), self._clock())
 
     def lag(self, place: Json | None) -> int:
         """Bytes adopted and not yet read, after `place`."""
         if place is None:
-            return self._ends[-1]
+            return self._spans.bytes_from(0)
         index = int(place["entry"])
         if index >= len(self._spans):
             return 0
-        into = max(0, int(place["offset"]) - self._spans[index].start)
-        return self._ends[-1] - self._ends[index] - into
+        return self._spans.bytes_from(index) - (self._bytes_read(index, place) if place["digest"] else 0)
 
     # --- what a format says -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _items(self, index: int, at: int, digest: Digest) -> Iterator[tuple[Record | Rejected, int]]:
-        """Records of span `index` from byte `at` of its file on, each with the offset after it.
+    def _items(self, index: int, at: Json | None) -> Items:
+        """Items of span `index` after the place `at`, one of those given before; None: all of them.
 
-        `at` is the span's start or an offset given before. Before yielding an item, `digest` has been given the bytes
-        from `at` up to the item's offset; at the end, all up to the span's stop.
-        """
+        Raises StreamUnavailable, and Refused where what lies before `at` has not its digest any more."""
+
+    def _digest(self, index: int) -> str:
+        """What `_items` returns for the whole span, without the items."""
+        span, digest = self._spans[index], hashlib.sha256()
+        for chunk in self._store.ranges(span.path, span.start, span.stop):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def _bytes_read(self, index: int, at: Json) -> int:
+        """How many of the span's bytes lie before a place in it, as far as that is known; less otherwise."""
+        return 0
+
+    def _grows(self, path: str) -> bool:
+        """Whether such a file may get longer: what is appended is then a span that can be read by itself."""
+        return True
+
+    def _settles(self, path: str) -> bool:
+        """Whether such a file is left alone until it is no longer written to."""
+        return False
+
+    # --- records ------------------------------------------------------------------------------------------------------
 
     def _record(self, text: str) -> Record | Rejected:
         """A record of the text; its digest is of the text in UTF-8, so that equal texts are equal in any file
@@ -200,196 +202,65 @@ class FileStream(ABC):
             content = text.encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
             if self._settings.encoding_errors == "reject":
-                return Rejected(f"the text is not Unicode: {error}", _sha256(text.encode("utf-8", "surrogatepass")))
+                return Rejected(f"the text is not Unicode: {error}", sha256(text.encode("utf-8", "surrogatepass")))
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             content = text.encode()
-        return Record(text, _sha256(content))
+        return Record(text, sha256(content))
+
+    def _decoded(self, content: bytes | bytearray | memoryview, what: str) -> Record | Rejected:
+        """A record of UTF-8 bytes. what: opens the reason if they are none."""
+        try:
+            return Record(str(content, "utf-8"), sha256(content))
+        except UnicodeDecodeError as error:
+            if self._settings.encoding_errors == "reject":
+                return Rejected(f"{what} is not UTF-8: {error.reason} at byte {error.start}", sha256(content))
+            return self._record(str(content, "utf-8", "replace"))
 
     def _too_long(self, size: int, digest: str) -> Rejected:
         return Rejected(f"{size} bytes, the most is max_record_bytes = {self._settings.max_record_bytes}", digest)
 
-    def _bytes(self, path: str, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes [start, stop) of a file, in ranges. Raises StreamUnavailable, Refused where the file is shorter."""
-        while start < stop:
-            length = min(_RANGE_BYTES, stop - start)
-            chunk = self._range(path, start, start + length)
-            if len(chunk) < length:
-                raise self._rewritten(path, f"at least {stop} bytes", f"{start + len(chunk)} bytes")
-            yield chunk
-            start += length
+    # --- comparing ----------------------------------------------------------------------------------------------------
 
-    # --- reading and comparing ----------------------------------------------------------------------------------------
-
-    def _read_span(self, index: int, offset: int, prefix: str) -> Iterator[tuple[Record | Rejected | Finished, Json]]:
-        span = self._spans[index]
-        digest = hashlib.sha256()
-        at = max(offset, span.start)
-        if at > span.start:
-            try:
-                for chunk in self._bytes(span.path, span.start, at):
-                    digest.update(chunk)
-            except _Vanished:
-                if at < span.stop:
-                    raise
-                # read to its last byte before it was deleted: nothing is missing
-                yield Finished(index, prefix), {"entry": index + 1, "offset": 0, "digest": ""}
-                return
-            if digest.hexdigest() != prefix:
-                raise self._rewritten(span.path, f"{_range(span.start, at)} with digest {prefix}", digest.hexdigest())
-        for item, end in self._items(index, at, digest):
-            yield item, {"entry": index, "offset": end, "digest": digest.hexdigest()}
-        self._finished[index] = digest.hexdigest()
-        yield Finished(index, digest.hexdigest()), {"entry": index + 1, "offset": 0, "digest": ""}
+    def _compare(self, index: int, expected: str, found: str) -> None:
+        if expected != found:
+            span = self._spans[index]
+            told = f"bytes {span.start} to {span.stop} with digest {expected}"
+            raise self._store.rewritten(span.path, told, found)
 
     def _require(self, index: int, size: int) -> None:
         """Raise Refused unless the span, in a file of `size` bytes, has its content; what was not read is taken as
         is."""
         span = self._spans[index]
         if size < span.stop:
-            raise self._rewritten(span.path, f"at least {span.stop} bytes", f"{size} bytes")
+            raise self._store.rewritten(span.path, f"at least {span.stop} bytes", f"{size} bytes")
         if (expected := self._finished.get(index)) is None:
             return
-        digest = hashlib.sha256()
         try:
-            for chunk in self._bytes(span.path, span.start, span.stop):
-                digest.update(chunk)
-        except _Vanished:
+            found = self._digest(index)
+        except Vanished:
             return
-        if digest.hexdigest() != expected:
-            told = f"{_range(span.start, span.stop)} with digest {expected}"
-            raise self._rewritten(span.path, told, digest.hexdigest())
+        self._compare(index, expected, found)
 
-    def _rewritten(self, path: str, expected: str, found: str) -> Refused:
-        return Refused(
-            f"source {self._name!r}: {self._told(self._full(path))} changed after it was taken into the run: "
-            f"expected {expected}, found {found}. {_REMEDY}"
-        )
+    def _listing_of_start(self) -> Listing | None:
+        kept, self._start_listing = self._start_listing, None
+        return kept[0] if kept and self._clock() - kept[1] < _LISTING_KEEPS_S else None
 
-    # --- the store ----------------------------------------------------------------------------------------------------
-
-    def _full(self, path: str) -> str:
-        return f"{self._base}/{path}{self._query}"
-
-    def _told(self, text: str) -> str:
-        return told(text, self._secrets)
-
-    def _list(self) -> dict[str, tuple[int, str]]:
-        """Size in bytes and signature of every file of the glob that is not left out and not empty, by relative
-        path."""
-        with self._answering(self._settings.url):
-            listed = self._listed_locally() if isinstance(self._fs, LocalFileSystem) else self._listed_by_store()
-            return {path: (size, f"{size}-{version}") for path, size, version in listed if size}
-
-    def _listed_by_store(self) -> Iterator[tuple[str, int, str]]:
-        self._fs.invalidate_cache()
-        if self._pattern.startswith(_WEB) and not set(self._pattern) & set("*["):
-            # A glob takes a file that must not be read for one that is not there; asked for by name it is an error.
-            url = self._pattern + self._query
-            found = {url: self._fs.info(url)}
-        else:
-            found = self._fs.glob(self._pattern + self._query, detail=True)
-        for full, info in found.items():
-            path = full[len(self._base) + 1 :].removesuffix(self._query)
-            if info["type"] != "directory" and not self._left_out(path):
-                if info["size"] is None:
-                    raise OSError(f"{path}: its size is not told, or it is sent compressed; expected a plain file")
-                yield path, info["size"], _version(info)
-
-    def _listed_locally(self) -> Iterator[tuple[str, int, str]]:
-        """fsspec's glob takes a folder below the first that it cannot list for an empty one, rounds the modification
-        time, and does not look through links; so local files are walked here, by the same translation of the glob."""
-        matches = re.compile(glob_translate(self._pattern)).match
-        rest = self._pattern[len(self._base) + 1 :]
-        deepest = None if "**" in rest else rest.count("/")
-        seen: set[tuple[int, int]] = set()  # folders, so that a link to one above ends the walk there
-        for folder, folders, files in os.walk(self._base, onerror=_raise, followlinks=True):
-            stat = Path(folder).stat()
-            depth = len(Path(folder).relative_to(self._base).parts)
-            if (stat.st_dev, stat.st_ino) in seen or (deepest is not None and depth >= deepest):
-                folders.clear()
-            if (stat.st_dev, stat.st_ino) in seen:
-                continue
-            seen.add((stat.st_dev, stat.st_ino))
-            for full in (f"{folder}/{name}" for name in files):
-                path = full[len(self._base) + 1 :]
-                if matches(full) and not self._left_out(path):
-                    stat = Path(full).stat()
-                    if S_ISREG(stat.st_mode):
-                        yield path, stat.st_size, str(stat.st_mtime_ns)
-
-    def _left_out(self, path: str) -> bool:
-        parts = path.split("/")
-        if any(part.startswith(".") or part.endswith((".tmp", ".part")) for part in parts):
+    def _has_settled(self, path: str, size: int, version: Version, before: tuple[int, Version, float] | None) -> bool:
+        settle_s = self._settings.settle_s
+        if not (settle_s and self._store.shows_unfinished_files and self._settles(path)):
             return True
-        if any(glob.match(path) for glob in self._excluded):
+        if isinstance(version, int) and self._wall_clock() - version / 1e9 >= settle_s:
             return True
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            if path not in self._unnamed:
-                self._unnamed.add(path)
-                _logger.warning(
-                    "source %r: %r is left out: its name is not UTF-8 and cannot be journalled", self._name, path
-                )
-            return True
-        return False
-
-    def _range(self, path: str, start: int, stop: int) -> bytes:
-        full = self._full(path)
-        with self._answering(full):
-            chunk: bytes = self._fs.cat_file(full, start=start, end=stop)
-            return chunk
-
-    @contextmanager
-    def _answering(self, what: str) -> Iterator[None]:
-        loaded = [(sys.modules.get(module), error) for module, error in _DRIVER_ERRORS]
-        errors = tuple(getattr(module, error) for module, error in loaded if hasattr(module, error))
-        try:
-            yield
-        except FileNotFoundError as error:
-            said = f"{what} is not there: {error}"
-            raise _Vanished(f"source {self._name!r}: {self._told(said)}. Put it back; reading goes on") from None
-        except (OSError, *errors) as error:
-            said = f"{what} cannot be read: {type(error).__name__}: {error}"
-            raise StreamUnavailable(f"source {self._name!r}: {self._told(said)}. It is tried again") from None
+        # A clock that was set, or a copy that keeps the time of its original: then our own watching says it.
+        since = before[2] if before and before[:2] == (size, version) else self._clock()
+        self._unsettled[path] = (size, version, since)
+        return self._clock() - since >= settle_s
 
 
-class _Vanished(StreamUnavailable):
-    """A file is not there (any more)."""
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _base(pattern: str) -> str:
-    """The folder before the first wildcard; the file's own folder where there is none."""
-    parts = pattern.split("/")
-    wild = (i for i, part in enumerate(parts) if set(part) & set("*?["))
-    return "/".join(parts[: next(wild, len(parts) - 1)])
-
-
-def _version(info: Mapping[str, Any]) -> str:
-    """What a store says changes with an object's content or with every write of it; "" where it says nothing."""
-    for key in (
-        "ETag",
-        "etag",
-        "md5Hash",
-        "generation",
-        "mtime",
-        "LastModified",
-        "last_modified",
-        "updated",
-        "created",
-    ):
-        if info.get(key):
-            return str(info[key]).strip('"')
-    return ""
-
-
-def _range(start: int, stop: int) -> str:
-    return f"bytes {start} to {stop}"
-
-
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def torn(reason: str, digest: str) -> Rejected:
+    """What stands for the rest of a span that cannot be read on."""
+    return Rejected(f"the rest of the file is not read: {reason}", digest)

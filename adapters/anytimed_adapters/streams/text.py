@@ -9,36 +9,24 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from anytimed.contracts import Record, Rejected
-from anytimed_adapters.streams.files import Digest, FileSettings, FileStream
+from anytimed_adapters.streams.content import Content, ContentSettings, ContentStream
 
 
-class TextFiles(FileStream):
-    """A `Stream` with a document for every text file (UTF-8)."""
+class TextFiles(ContentStream):
+    """A `Stream` with a document for every text file (UTF-8), plain or compressed (.gz, .zst)."""
 
-    class Settings(FileSettings):
+    class Settings(ContentSettings):
         """The settings of all file streams."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
-        super().__init__(settings, name)
-
-    def _items(self, index: int, at: int, digest: Digest) -> Iterator[tuple[Record | Rejected, int]]:
-        span = self._spans[index]
-        size = span.stop - at
-        if not size:
-            return
-        fits = size <= self._settings.max_record_bytes
-        content, whole = bytearray(), sha256()
-        for chunk in self._bytes(span.path, at, span.stop):
-            digest.update(chunk)
-            whole.update(chunk)
-            if fits:
-                content += chunk
-        if not fits:
-            yield self._too_long(size, whole.hexdigest()), span.stop
-            return
-        try:
-            text = content.decode("utf-8", "strict" if self._settings.encoding_errors == "reject" else "replace")
-        except UnicodeDecodeError as error:
-            yield Rejected(f"{span.path} is not UTF-8: {error}", whole.hexdigest()), span.stop
-        else:
-            yield self._record(text), span.stop
+    def _records(self, index: int, content: Content, at: int) -> Iterator[tuple[Record | Rejected, int]]:
+        text, whole, size = bytearray(), sha256(), 0
+        for piece in content:
+            content.digest.update(piece)
+            whole.update(piece)
+            size += len(piece)
+            if size <= self._settings.max_record_bytes:
+                text += piece
+        if size > self._settings.max_record_bytes:
+            yield self._too_long(size, whole.hexdigest()), at + size
+        elif size:
+            yield self._decoded(text, self._spans[index].path), at + size

@@ -1,0 +1,205 @@
+"""What lies under a glob now: paths, sizes and versions, in columns, for there may be millions of files.
+
+A `Selection` says which files count: those that match the glob, and are neither hidden, unfinished (".tmp", ".part"),
+excluded, nor named in bytes that are no UTF-8 and cannot be journalled. Local files are walked here, folder by folder;
+a store is asked by fsspec's glob, past its cache.
+
+A version is whatever changes when a file is written: the modification time in nanoseconds of a local file, what a
+store calls the object's ETag or the like; "" where it says nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from stat import S_IFMT, S_IFREG
+from typing import TYPE_CHECKING, Any
+
+from fsspec.utils import glob_translate
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+Version = int | str
+
+_KIND = S_IFMT(-1 & 0xFFFF)
+_UNFINISHED = (".tmp", ".part")
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "blob_id",
+    "generation",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Listing:
+    """Row i: paths[i], sizes[i] in bytes, versions[i]. Columns of plain values: the garbage collector has nothing to
+    walk through."""
+
+    paths: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    versions: list[Version] = field(default_factory=list)
+
+    def add(self, path: str, size: int, version: Version) -> None:
+        self.paths.append(path)
+        self.sizes.append(size)
+        self.versions.append(version)
+
+    def of(self, rows: Iterable[int]) -> Listing:
+        """These rows alone."""
+        paths, sizes, versions = self.paths, self.sizes, self.versions
+        some = list(rows)
+        return Listing([paths[row] for row in some], [sizes[row] for row in some], [versions[row] for row in some])
+
+
+class Selection:
+    """Which files of a filesystem are the source's."""
+
+    def __init__(self, pattern: str, excluded: Sequence[re.Pattern[str]], source: str) -> None:
+        self.pattern = pattern
+        self.base = _base(pattern)
+        self._excluded = excluded
+        self._source = source
+        self._unnamed: set[str] = set()
+        parent, _, last = pattern.rpartition("/")
+        everything = last == "**"
+        self._folder = re.compile(glob_translate(f"{parent}/**" if everything else f"{parent}/*"))
+        name = glob_translate("*" if everything else last)
+        self.is_named = re.compile(rf"(?!\.){name}(?<!\.tmp)(?<!\.part)").match
+        """Whether a file's name matches the glob's last part and is not left out."""
+        rest = pattern[len(self.base) + 1 :]
+        self.deepest = None if "**" in rest else rest.count("/")
+        """How many folders below the base files can lie; None: any."""
+
+    def takes_files_of(self, folder: str) -> bool:
+        """Whether the files of a folder (full path) can match the glob."""
+        return self._folder.match(f"{folder}/x") is not None
+
+    def takes_path(self, path: str) -> bool:
+        """Whether a file that matches the glob already is the source's. path: relative."""
+        return not any(map(left_out, path.split("/"))) and self.remains(path)
+
+    def remains(self, path: str) -> bool:
+        """Whether a file that matches is not excluded and can be journalled. path: relative."""
+        if self._excluded and any(glob.match(path) for glob in self._excluded):
+            return False
+        return path.isascii() or self._can_be_journalled(path)
+
+    def _can_be_journalled(self, path: str) -> bool:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            if path not in self._unnamed:
+                self._unnamed.add(path)
+                _logger.warning(
+                    "source %r: %r is left out: its name is not UTF-8 and cannot be journalled", self._source, path
+                )
+            return False
+        return True
+
+
+def left_out(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or unfinished."""
+    return name.startswith(".") or name.endswith(_UNFINISHED)
+
+
+def listed_locally(selection: Selection) -> Listing:
+    """fsspec's glob takes a folder below the first that it cannot list for an empty one, rounds the modification time,
+    and does not look through links; so local files are walked here, by the same translation of the glob.
+
+    Folders behind links come after all others: what is reached both ways keeps its own path, whatever order a folder
+    lists in. A link that leads nowhere is no file."""
+    found = Listing()
+    seen: set[tuple[int, int]] = set()  # folders, so that a link to one above ends the walk there
+    folders: list[tuple[str, int]] = [("", 0)]
+    linked: list[tuple[str, int]] = []
+    while folders or linked:
+        if not folders:
+            linked.sort(reverse=True)
+            folders.append(linked.pop())
+        folder, depth = folders.pop()
+        full = f"{selection.base}/{folder}" if folder else selection.base or "/"
+        stat = os.stat(full)  # noqa: PTH116 - a Path for each of a million is what this avoids
+        if (stat.st_dev, stat.st_ino) in seen:
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        descend = selection.deepest is None or depth < selection.deepest
+        for entry, path in _walk_folder(selection, found, full, f"{folder}/" if folder else ""):
+            if descend:
+                (linked if entry.is_symlink() else folders).append((path, depth + 1))
+    return found
+
+
+def _walk_folder(selection: Selection, found: Listing, full: str, prefix: str) -> list[tuple[os.DirEntry[str], str]]:
+    """Add the folder's files to `found`; its folders and their paths. This loop is what listing a million files costs,
+    beside asking the system for them."""
+    folders = []
+    is_named, remains = selection.is_named, selection.remains
+    wanted = selection.takes_files_of(full.rstrip("/"))
+    add_path, add_size, add_version = found.paths.append, found.sizes.append, found.versions.append
+    with os.scandir(full) as entries:
+        for entry in entries:
+            name = entry.name
+            try:
+                if entry.is_dir():
+                    if not left_out(name):
+                        folders.append((entry, prefix + name))
+                elif wanted and is_named(name):
+                    stat = entry.stat()
+                    path, size = prefix + name, stat.st_size
+                    if size and stat.st_mode & _KIND == S_IFREG and remains(path):
+                        add_path(path)
+                        add_size(size)
+                        add_version(stat.st_mtime_ns)
+            except FileNotFoundError:
+                continue  # deleted between the two looks, or a link to nothing
+            except OSError:
+                if not entry.is_symlink():
+                    raise
+    return folders
+
+
+def listed_by_store(fs: AbstractFileSystem, selection: Selection, query: str, *, by_name: bool) -> Listing:
+    """by_name: a glob without wildcard is asked for as the one file it is."""
+    fs.invalidate_cache()
+    if by_name and not set(selection.pattern) & set("*["):
+        # A glob takes a file that must not be read for one that is not there; asked for by name it is an error.
+        url = selection.pattern + query
+        matched = {url: fs.info(url)}
+    else:
+        matched = fs.glob(selection.pattern + query, detail=True)
+    found = Listing()
+    for full, info in matched.items():
+        path = full[len(selection.base) + 1 :].removesuffix(query)
+        if info["type"] != "directory" and selection.takes_path(path):
+            if info["size"] is None:
+                raise OSError(f"{path}: its size is not told, or it is sent compressed; expected a plain file")
+            if info["size"]:
+                found.add(path, info["size"], _version(info))
+    return found
+
+
+def _base(pattern: str) -> str:
+    """The folder before the first wildcard; the file's own folder where there is none."""
+    parts = pattern.split("/")
+    wild = (i for i, part in enumerate(parts) if set(part) & set("*?["))
+    return "/".join(parts[: next(wild, len(parts) - 1)])
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    for key in _VERSION_KEYS:
+        if info.get(key):
+            return str(info[key]).strip('"')
+    return ""

@@ -1,0 +1,121 @@
+"""The spans of files that a stream has adopted, in columns.
+
+A span is bytes [start, stop) of a file, and the file's version when it was discovered; it is journalled as the row
+[path, start, stop, version]. There may be a million of them at a start, so everything that goes through all is one
+pass over plain columns, and reading looks up single rows.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, repeat
+from operator import ne, sub
+from typing import Any, NamedTuple
+
+from anytimed_adapters.streams.listing import Listing, Version
+
+
+class Span(NamedTuple):
+    """One row. path: relative to the glob's base."""
+
+    path: str
+    start: int
+    stop: int
+    version: Version
+
+
+class Spans:
+    """All adopted spans by index, and per file which one is its last."""
+
+    def __init__(self) -> None:
+        self._paths: list[str] = []
+        self._starts = array("q")
+        self._stops = array("q")
+        self._versions: list[Version] = []
+        self._ends = array("q", [0])  # bytes up to and including a span; one longer than the spans
+        self._before = array("q")  # the span before in the same file, or -1
+        self._last: dict[str, int] = {}
+        self._grown: set[str] = set()  # files with more than one span
+        # By last span: the newest version under which the file's content was found unchanged at the span's stop, and
+        # for files that are longer by now, at which size.
+        self._checked: list[Version] = []
+        self._longer: dict[int, tuple[int, Version]] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Span:
+        return Span(self._paths[index], self._starts[index], self._stops[index], self._versions[index])
+
+    def adopt(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Append rows as they come from the journal."""
+        first = len(self._paths)
+        paths = [row[0] for row in rows]
+        starts = array("q", [row[1] for row in rows])
+        stops = array("q", [row[2] for row in rows])
+        versions = [row[3] for row in rows]
+        last = dict(zip(paths, range(first, first + len(paths)), strict=True))
+        if len(last) == len(paths) and self._last.keys().isdisjoint(last.keys()):
+            self._before.extend(repeat(-1, len(paths)))
+            self._last.update(last)
+        else:
+            for i, path in enumerate(paths):
+                before = self._last.get(path, -1)
+                if before >= 0:
+                    paths[i] = self._paths[before] if before < first else paths[before - first]  # one string a file
+                    self._grown.add(paths[i])
+                    self._longer.pop(before, None)
+                self._before.append(before)
+                self._last[paths[i]] = first + i
+        self._paths += paths
+        self._starts += starts
+        self._stops += stops
+        self._versions += versions
+        self._checked += versions
+        total = self._ends.pop()
+        self._ends.extend(accumulate(map(sub, stops, starts), initial=total))
+
+    def last(self, path: str) -> int | None:
+        """The index of the file's last span."""
+        return self._last.get(path)
+
+    def of_file(self, index: int) -> Iterator[int]:
+        """The span and those before it in the same file, newest first."""
+        while index >= 0:
+            yield index
+            index = self._before[index]
+
+    def bytes_from(self, index: int) -> int:
+        """Bytes of the span and of all after it."""
+        return self._ends[-1] - self._ends[index]
+
+    def changed(self, listing: Listing) -> list[int]:
+        """Rows of the listing that differ from what was adopted or last `note_checked`: new, grown, touched."""
+        stops, checked = self._stops, self._checked
+        known = list(map(self._last.get, listing.paths))
+        if None not in known:  # as nearly always: then without a step of the interpreter for each
+            sizes = map(ne, map(stops.__getitem__, known), listing.sizes)  # type: ignore[arg-type]
+            versions = map(ne, map(checked.__getitem__, known), listing.versions)  # type: ignore[arg-type]
+            if not (any(sizes) or any(versions)):
+                return []
+        return [
+            row
+            for row, (last, size, version) in enumerate(zip(known, listing.sizes, listing.versions, strict=True))
+            if last is None or stops[last] != size or checked[last] != version
+        ]
+
+    def grown(self, listing: Listing) -> list[int]:
+        """Rows of the listing whose file has more than one span."""
+        return [row for row, path in enumerate(listing.paths) if path in self._grown] if self._grown else []
+
+    def is_checked(self, last: int, size: int, version: Version) -> bool:
+        """Whether the file of a last span was found unchanged at this size and version."""
+        return self._longer.get(last, (self._stops[last], self._checked[last])) == (size, version)
+
+    def note_checked(self, last: int, size: int, version: Version) -> None:
+        if size == self._stops[last]:
+            self._checked[last] = version
+            self._longer.pop(last, None)
+        else:
+            self._longer[last] = (size, version)

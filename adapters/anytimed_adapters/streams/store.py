@@ -1,0 +1,162 @@
+"""The files behind one fsspec URL: the only place that talks to a filesystem.
+
+`FileStore` opens the URL, lists its files without any cache (see listing.py), and reads ranges of bounded size. No
+handle is held between two ranges. Every failure of a store comes out as one of three: a file that is not there
+(`Vanished`), a store that does not answer (StreamUnavailable), and a file shorter than what was taken into the run
+(Refused). Credentials stay out of every message.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+
+from anytimed.contracts import ConfigError, Refused, StreamUnavailable
+from anytimed.urls import bounded, credentials, told
+from anytimed_adapters.streams.listing import Listing, Selection, listed_by_store, listed_locally
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+RANGE_BYTES = 4 << 20
+_WEB = ("http://", "https://")
+_REMEDY = "Restore the file as it was (new data goes into new files, or at the end), or start over with --fresh"
+
+# Filesystems on which a file can be seen while it is being written. Object stores show an object once it is whole.
+_IN_PLACE = frozenset({"file", "local", "sftp", "ssh", "smb", "ftp", "hdfs", "webhdfs", "arrow_hdfs", "dir"})
+
+# Errors of store drivers that are no OSError. Looked up only in modules that a driver has already loaded.
+_DRIVER_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("huggingface_hub.errors", "HfHubHTTPError"),
+    ("httpx", "HTTPError"),
+    ("requests", "RequestException"),
+)
+
+
+class Vanished(StreamUnavailable):
+    """A file is not there (any more)."""
+
+
+class FileStore:
+    """The files of a glob. Paths are relative to the folder before its first wildcard.
+
+    Raises ConfigError where the URL cannot be opened."""
+
+    def __init__(self, url: str, exclude: Sequence[str], options: Mapping[str, Any], name: str) -> None:
+        self._url = url
+        self._name = name
+        self._secrets = credentials(url, options)
+        # A query (a signature, a token) is no part of a file's name: it would stand in the journal, and the next
+        # signature would make another file of it.
+        plain, _, query = url.partition("?") if url.startswith(_WEB) else (url, "", "")
+        self._query = f"?{query}" if query else ""
+        try:
+            fs, pattern = url_to_fs(plain, **bounded(plain, options))
+            glob_translate(pattern)
+        except (ImportError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"source {name!r}: url = {self.told(url)!r} cannot be opened: {self.told(str(error))}. "
+                "Expected a path or an fsspec URL whose driver is installed (s3://: pip install 'anytimed[s3]', "
+                "gs://: pip install 'anytimed[gcs]', hf://: pip install 'anytimed[hf]')"
+            ) from None
+        self._fs: AbstractFileSystem = fs
+        self._selection = Selection(pattern, [re.compile(glob_translate(glob)) for glob in exclude], name)
+        self.is_local = isinstance(fs, LocalFileSystem)
+        protocols = fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)
+        self.shows_unfinished_files = bool(_IN_PLACE & set(protocols))
+
+    def list(self) -> Listing:
+        """Every file of the glob that is neither left out nor empty. Raises StreamUnavailable."""
+        with self._answering(self._url):
+            if self.is_local:
+                return listed_locally(self._selection)
+            web = self._selection.pattern.startswith(_WEB)
+            return listed_by_store(self._fs, self._selection, self._query, by_name=web)
+
+    def full(self, path: str) -> str:
+        """The path as the filesystem takes it, query included."""
+        return f"{self._selection.base}/{path}{self._query}"
+
+    def range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer where the file is shorter. Raises Vanished, StreamUnavailable."""
+        full = self.full(path)
+        with self._answering(full):
+            if self.is_local:
+                return _local_range(full, start, stop)
+            chunk: bytes = self._fs.cat_file(full, start=start, end=stop)
+            return chunk
+
+    def map(self, path: str) -> mmap.mmap:
+        """A local file in memory. Raises Vanished, StreamUnavailable."""
+        full = self.full(path)
+        with self._answering(full), Path(full).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def ranges(self, path: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes [start, stop) of a file, piece by piece. Raises StreamUnavailable, Refused where the file is
+        shorter."""
+        while start < stop:
+            length = min(RANGE_BYTES, stop - start)
+            chunk = self.range(path, start, start + length)
+            if len(chunk) < length:
+                raise self.rewritten(path, f"at least {stop} bytes", f"{start + len(chunk)} bytes")
+            yield chunk
+            start += length
+
+    def rewritten(self, path: str, expected: str, found: str) -> Refused:
+        """The error to raise for a file whose content is not the one taken into the run."""
+        return Refused(
+            f"source {self._name!r}: {self.told(self.full(path))} changed after it was taken into the run: "
+            f"expected {expected}, found {found}. {_REMEDY}"
+        )
+
+    def told(self, text: str) -> str:
+        return told(text, self._secrets)
+
+    @contextmanager
+    def _answering(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            said = f"{what} is not there: {error}"
+            raise Vanished(f"source {self._name!r}: {self.told(said)}. Put it back; reading goes on") from None
+        except Exception as error:
+            if not isinstance(error, (OSError, *_driver_errors())):
+                raise
+            said = f"{what} cannot be read: {type(error).__name__}: {error}"
+            raise StreamUnavailable(f"source {self._name!r}: {self.told(said)}. It is tried again") from None
+
+
+def _driver_errors() -> tuple[type[BaseException], ...]:
+    loaded = [(sys.modules.get(module), error) for module, error in _DRIVER_ERRORS]
+    return tuple(getattr(module, error) for module, error in loaded if hasattr(module, error))
+
+
+def _local_range(path: str, start: int, stop: int) -> bytes:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        chunk = os.pread(handle, stop - start, start)
+        while chunk and len(chunk) < stop - start:
+            more = os.pread(handle, stop - start - len(chunk), start + len(chunk))
+            if not more:
+                break
+            chunk += more
+        return chunk
+    finally:
+        os.close(handle)
