@@ -244,7 +244,7 @@ def test_a_server_that_hangs_is_left_in_time(server: NatsServer) -> None:
 
 def test_a_stream_that_is_not_there_yet_is_waited_for(server: NatsServer) -> None:
     stream = over(server, "later")
-    with pytest.raises(StreamUnavailable, match="'later' at nats://127.0.0.1:.* stream not found"):
+    with pytest.raises(StreamUnavailable, match=r"'later' at nats://127.0.0.1:.*stream not found"):
         stream.discover()
     client = NatsClient(server.url)
     made(client, "later", ["here"])

@@ -45,7 +45,9 @@ _ENVIRONMENT = {
     "token": "NATS_TOKEN",
     "user_credentials": "NATS_CREDS",
 }
-_OURS = {"servers", "allow_reconnect", "connect_timeout", "error_cb", "name"}
+_TRIES = {"max_reconnect_attempts": 1, "reconnect_time_wait": 0.1}
+"""Of one connection; whoever asks next tries again."""
+_OURS = {"servers", "allow_reconnect", "connect_timeout", "error_cb", "name", *_TRIES}
 
 T = TypeVar("T")
 
@@ -89,7 +91,14 @@ class JetStream(BrokerStream):
             raise ConfigError(f'source {name!r}: url = {self._told(settings.url)!r}, expected "nats://host:4222"')
         self._settings = settings
         self._what = self._told(f"stream {settings.stream!r} at {', '.join(map(without_credentials, servers))}")
-        self._options = {**options, "servers": servers, "allow_reconnect": False, "name": "anytimed"}
+        self._options: dict[str, Any] = {
+            **options,
+            **_TRIES,
+            "servers": servers,
+            "allow_reconnect": False,
+            "name": "anytimed",
+        }
+        self._last_error: Exception | None = None
         self._client: Client | None = None
         self._direct = False
         self._purged = 0
@@ -208,18 +217,20 @@ class JetStream(BrokerStream):
         except (nats.errors.Error, OSError, TimeoutError) as error:
             asked.cancel()
             self._drop()
-            raise self._unavailable(f"{self._what} cannot be read", error) from None
+            why = self._last_error if isinstance(error, nats.errors.NoServersError) else None
+            raise self._unavailable(f"{self._what} cannot be read", why or error) from None
 
     async def _connected(self) -> JetStreamContext:
         if self._client is None or not self._client.is_connected:
             half = self._settings.timeout_s / 2
-            self._client = await nats.connect(
-                **self._options, connect_timeout=max(1, int(half)), error_cb=_quiet, max_reconnect_attempts=0
-            )
+            self._client = await nats.connect(**self._options, connect_timeout=max(1, int(half)), error_cb=self._note)
             weakref.finalize(self, _close, self._client).atexit = False
             info = await self._client.jetstream(timeout=half).stream_info(self._settings.stream)
             self._direct = bool(info.config.allow_direct)
         return self._client.jetstream(timeout=self._settings.timeout_s)
+
+    async def _note(self, error: Exception) -> None:
+        self._last_error = error
 
     def _drop(self) -> None:
         client, self._client = self._client, None
@@ -244,10 +255,6 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="anytimed-nats", daemon=True).start()
     return loop
-
-
-async def _quiet(error: Exception) -> None:
-    """What goes wrong is said by the exceptions, without credentials."""
 
 
 def _close(client: Client) -> None:
