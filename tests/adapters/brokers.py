@@ -18,7 +18,7 @@ from typing import Any
 
 import nats
 import redis
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 from nats.js import JetStreamContext
 
 
@@ -166,8 +166,52 @@ class KafkaCluster:
         assert self._producer.flush(20) == 0
         assert not failed, failed
 
+    def held(self, topic: str, partition: int = 0) -> tuple[int, int]:
+        """The oldest offset that is held, and the one after the newest."""
+        asking = Consumer({"bootstrap.servers": self.servers, "group.id": "held", "log_level": 0})
+        found = asking.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)
+        assert found is not None
+        return found
+
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class KafkaProcess:
+    """A KafkaCluster in a process of its own, which can be stopped; its topic holds "document 0" to `count` - 1, 500 of
+    them in partition 0, 500 in partition 1, and so on in turns."""
+
+    def __init__(self, topic: str, count: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.adapters.brokers", topic, str(count)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self.servers = self._process.stdout.readline().strip()
+        assert self.servers
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _serve(topic: str, count: int) -> None:
+    cluster = KafkaCluster()
+    for start in range(0, count, 500):
+        documents = [f"document {i}".encode() for i in range(start, min(count, start + 500))]
+        cluster.produce(topic, documents, start // 500 % 2)
+    print(cluster.servers, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))

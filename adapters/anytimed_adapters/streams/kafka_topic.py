@@ -1,38 +1,29 @@
 """A Kafka topic as a source: a document for every message, partition by partition.
 
 A span is [partition, first offset, offset after the last, log]. Spans have a bounded number of offsets and their
-partitions take turns, so that a long backlog is read from all of them. `log` tells cluster and, where the brokers tell
-it, topic id: a topic that was deleted and made again has other messages at the same offsets.
+partitions take turns, so that a long backlog is read from all of them. `log` tells the cluster and the topic's name. A
+topic that was deleted and made again is told by its end, as long as it has fewer messages than were found before.
 
 A partition is assigned and sought, never subscribed to: no group is joined, nothing rebalances, and there is no offset
 that the client would choose by itself (`auto.offset.reset = error`). Only committed messages are read. Offsets that
 hold no message (compacted, deleted, marks of transactions) are passed over once the partition is known to go beyond.
 With every commit the group's offsets are set to the place before which nothing is needed any more, for those who watch
 the lag; Kafka deletes by its own retention.
+
+librdkafka's admin client is not used: it ends the process by an assertion when its requests time out (its issue 4605).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from os import environ
 from typing import Any
 
-from confluent_kafka import (
-    Consumer,
-    ConsumerGroupTopicPartitions,
-    IsolationLevel,
-    KafkaError,
-    KafkaException,
-    Message,
-    TopicCollection,
-    TopicPartition,
-)
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from pydantic import Field
 
 from anytimed.contracts import ConfigError, Json
@@ -43,7 +34,6 @@ from anytimed_adapters.streams.messages import MessageSettings
 _BATCH = 512
 _QUEUE_KILOBYTES = 4096
 """Fetched ahead, at least one message; what is left of it when another partition takes its turn was fetched in vain."""
-_ENDS: tuple[Any, Any] = (OffsetSpec.earliest(), OffsetSpec.latest())  # type: ignore[no-untyped-call]
 _ENVIRONMENT = {"sasl.username": "KAFKA_SASL_USERNAME", "sasl.password": "KAFKA_SASL_PASSWORD"}
 
 
@@ -89,6 +79,9 @@ class KafkaTopic(BrokerStream):
         }
         reading: dict[str, Any] = {
             "group.id": settings.group,
+            "session.timeout.ms": max(
+                1000, int(settings.timeout_s * 1000)
+            ),  # of no session: how long a commit may wait
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "auto.offset.reset": "error",
@@ -102,9 +95,11 @@ class KafkaTopic(BrokerStream):
                 f"source {name!r}: storage_options: {', '.join(taken)} are set by anytimed; take them out"
             )
         self._last_error = ""
+        self._answered: tuple[KafkaError | None, dict[int, int]] | None = None
         try:
-            self._admin = AdminClient({**options, **common})
-            self._consumer = Consumer({**options, **common, **reading, "error_cb": self._note})
+            self._consumer = Consumer(
+                {**options, **common, **reading, "error_cb": self._note, "on_commit": self._answer}
+            )
         except (KafkaException, TypeError, ValueError) as error:
             raise ConfigError(
                 f"source {name!r}: servers or storage_options cannot be used: {self._told(str(error))}. Expected "
@@ -146,14 +141,7 @@ class KafkaTopic(BrokerStream):
         if offset is not None:
             reached[self._spans[index][0]] = offset
         if changed := {p: at for p, at in reached.items() if self._acknowledged.get(p) != at}:
-            told = [TopicPartition(self._settings.topic, p, at) for p, at in sorted(changed.items())]
-            until = self._deadline()
-            with self._answering("cannot be acknowledged"):
-                request = ConsumerGroupTopicPartitions(self._settings.group, told)
-                answers = self._admin.alter_consumer_group_offsets([request], request_timeout=_left(until))
-                for partition in _result(answers[self._settings.group], until).topic_partitions:
-                    if partition.error:
-                        raise KafkaException(partition.error)
+            self._commit(changed)
             self._acknowledged |= changed
 
     # --- messages -----------------------------------------------------------------------------------------------------
@@ -187,13 +175,10 @@ class KafkaTopic(BrokerStream):
             if error is None and offset is not None and offset < stop:
                 self._stands = (partition, offset + 1)
                 return message
-            if error is None:
-                self._ahead.appendleft(message)  # the next span's, where that is of the same partition
-                self._stands = (partition, stop)
-                return None
-            if error.code() != KafkaError._PARTITION_EOF:
+            if error is not None and error.code() != KafkaError._PARTITION_EOF:
                 self._raise(error, partition, at)
-            elif offset is not None and offset >= stop:
+            if offset is not None and offset >= stop:
+                self._ahead.appendleft(message)  # it tells the next span of this partition as much
                 self._stands = (partition, stop)
                 return None
             # else: an end that the partition has grown beyond since
@@ -239,33 +224,25 @@ class KafkaTopic(BrokerStream):
         """The topic's partitions and which log it is. Raises Refused where it is another than the adopted spans'."""
         topic = self._settings.topic
         with self._answering("cannot be described"):
-            metadata = self._admin.list_topics(topic, timeout=_left(until))
+            metadata = self._consumer.list_topics(topic, timeout=_left(until))
             described = metadata.topics[topic]
             if described.error is not None:
                 raise KafkaException(described.error)
-            log = fingerprint(metadata.cluster_id, topic)
-            if metadata.controller_id >= 0:  # else nobody tells the topic's id
-                answers = self._admin.describe_topics(TopicCollection([topic]), request_timeout=_left(until))
-                log += "-" + fingerprint(_result(answers[topic], until).topic_id)
-        if self._spans:
-            known = self._spans[-1][3]
-            if any(a != b for a, b in zip(known.split("-"), log.split("-"), strict=False)):
-                raise self._replaced(self._what, f"cluster and topic id {known}", log)
+        log = fingerprint(metadata.cluster_id, topic)
+        if self._spans and log != self._spans[-1][3]:
+            raise self._replaced(self._what, f"cluster and topic {self._spans[-1][3]}", log)
         return sorted(described.partitions), log
 
     def _offsets(self, partitions: list[int], until: float) -> dict[int, tuple[int, int]]:
         """Per partition the oldest offset held and the one after the newest committed message."""
-        wanted = [TopicPartition(self._settings.topic, partition) for partition in partitions]
+        held = {}
         with self._answering("does not tell its offsets"):
-            oldest, newest = (
-                self._admin.list_offsets(
-                    dict.fromkeys(wanted, which),
-                    isolation_level=IsolationLevel.READ_COMMITTED,
-                    request_timeout=_left(until),
-                )
-                for which in _ENDS
-            )
-            return {p.partition: (_offset(oldest, p, until), _offset(newest, p, until)) for p in wanted}
+            for partition in partitions:
+                wanted = TopicPartition(self._settings.topic, partition)
+                if (found := self._consumer.get_watermark_offsets(wanted, timeout=_left(until))) is None:
+                    raise TimeoutError(f"partition {partition}: no answer")
+                held[partition] = found
+        return held
 
     def _require_held(self, partition: int, at: int, oldest: int, newest: int) -> int:
         """The offset `at`, where the partition goes on from it. Raises Refused."""
@@ -283,6 +260,26 @@ class KafkaTopic(BrokerStream):
     def _note(self, error: KafkaError) -> None:
         self._last_error = error.str()
 
+    def _commit(self, offsets: dict[int, int]) -> None:
+        """Set the group's offsets. It is not waited for inside the client, which would wait for longer."""
+        self._answered = None
+        until = self._deadline()
+        wanted = [TopicPartition(self._settings.topic, partition, at) for partition, at in sorted(offsets.items())]
+        with self._answering("cannot be acknowledged"):
+            self._consumer.commit(offsets=wanted, asynchronous=True)
+            while self._answered is None or self._answered[1] != offsets:  # of an earlier one, given up
+                if time.monotonic() > until:
+                    raise TimeoutError(f"group {self._settings.group!r}: no answer within {self._settings.timeout_s} s")
+                if (message := self._consumer.poll(0.05)) is not None:
+                    self._ahead.append(message)
+            if self._answered[0] is not None:
+                raise KafkaException(self._answered[0])
+
+    def _answer(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        """Called by the client, within `poll`, when a commit was answered."""
+        failed = [partition.error for partition in partitions if partition.error is not None]
+        self._answered = (error or next(iter(failed), None), {p.partition: p.offset for p in partitions})
+
     def _deadline(self) -> float:
         return time.monotonic() + self._settings.timeout_s
 
@@ -299,11 +296,3 @@ class KafkaTopic(BrokerStream):
 
 def _left(until: float) -> float:
     return max(0.1, until - time.monotonic())
-
-
-def _result(answer: Future[Any], until: float) -> Any:
-    return answer.result(_left(until) + 0.5)  # the request's own timeout tells more
-
-
-def _offset(answers: Mapping[TopicPartition, Future[Any]], partition: TopicPartition, until: float) -> int:
-    return int(_result(answers[partition], until).offset)
