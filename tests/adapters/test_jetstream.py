@@ -297,9 +297,10 @@ def test_no_thread_keeps_the_process(server: NatsServer) -> None:
         "stream.adopt(stream.discover()); print(next(iter(stream.read(None)))[0].text, flush=True); input()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "one\n"
     server.kill()
-    process.communicate("\n", timeout=10)
-    assert process.returncode == 0
+    _, said = process.communicate("\n", timeout=10)
+    assert (process.returncode, said) == (0, "")

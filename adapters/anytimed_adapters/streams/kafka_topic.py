@@ -79,11 +79,7 @@ class KafkaTopic(BrokerStream):
         }
         reading: dict[str, Any] = {
             "group.id": settings.group,
-            "session.timeout.ms": max(
-                1000, int(settings.timeout_s * 1000)
-            ),  # of no session: how long a commit may wait
             "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
             "auto.offset.reset": "error",
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
@@ -95,11 +91,9 @@ class KafkaTopic(BrokerStream):
                 f"source {name!r}: storage_options: {', '.join(taken)} are set by anytimed; take them out"
             )
         self._last_error = ""
-        self._answered: tuple[KafkaError | None, dict[int, int]] | None = None
         try:
-            self._consumer = Consumer(
-                {**options, **common, **reading, "error_cb": self._note, "on_commit": self._answer}
-            )
+            self._properties = {**options, **common, **reading}
+            self._consumer = Consumer({**self._properties, "error_cb": self._note})
         except (KafkaException, TypeError, ValueError) as error:
             raise ConfigError(
                 f"source {name!r}: servers or storage_options cannot be used: {self._told(str(error))}. Expected "
@@ -110,6 +104,8 @@ class KafkaTopic(BrokerStream):
         self._ahead: deque[Message] = deque()
         self._passed: tuple[int, dict[int, int]] = (0, {})  # spans before the acknowledged place, and where they ended
         self._acknowledged: dict[int, int] = {}
+        self._committer: Consumer | None = None
+        self._answered: tuple[KafkaError | None, dict[int, int]] | None = None  # to the last commit, and which it was
 
     # --- Stream -------------------------------------------------------------------------------------------------------
 
@@ -172,6 +168,8 @@ class KafkaTopic(BrokerStream):
             message = self._ahead.popleft()
             offset = message.offset()
             error = message.error()
+            if error is None and offset is not None and offset < at:
+                continue  # fetched before this offset was asked for
             if error is None and offset is not None and offset < stop:
                 self._stands = (partition, offset + 1)
                 return message
@@ -261,17 +259,17 @@ class KafkaTopic(BrokerStream):
         self._last_error = error.str()
 
     def _commit(self, offsets: dict[int, int]) -> None:
-        """Set the group's offsets. It is not waited for inside the client, which would wait for longer."""
-        self._answered = None
+        """Set the group's offsets; by a client of its own, whose answers are waited for without taking messages."""
         until = self._deadline()
         wanted = [TopicPartition(self._settings.topic, partition, at) for partition, at in sorted(offsets.items())]
         with self._answering("cannot be acknowledged"):
-            self._consumer.commit(offsets=wanted, asynchronous=True)
+            committer = self._committer = self._committer or Consumer({**self._properties, "on_commit": self._answer})
+            self._answered = None
+            committer.commit(offsets=wanted, asynchronous=True)
             while self._answered is None or self._answered[1] != offsets:  # of an earlier one, given up
                 if time.monotonic() > until:
                     raise TimeoutError(f"group {self._settings.group!r}: no answer within {self._settings.timeout_s} s")
-                if (message := self._consumer.poll(0.05)) is not None:
-                    self._ahead.append(message)
+                committer.poll(0.05)
             if self._answered[0] is not None:
                 raise KafkaException(self._answered[0])
 
