@@ -92,8 +92,9 @@ class KafkaTopic(BrokerStream):
             )
         self._last_error = ""
         try:
-            self._properties = {**options, **common, **reading}
-            self._consumer = Consumer({**self._properties, "error_cb": self._note})
+            self._consumer = Consumer({**options, **common, **reading, "error_cb": self._note})
+            # Brokers answer the requests of a connection in turn: behind a fetch that waits, each would wait as well.
+            self._asking = Consumer({**options, **common, **reading, "on_commit": self._answer})
         except (KafkaException, TypeError, ValueError) as error:
             raise ConfigError(
                 f"source {name!r}: servers or storage_options cannot be used: {self._told(str(error))}. Expected "
@@ -102,9 +103,9 @@ class KafkaTopic(BrokerStream):
         self._known: dict[int, int] = {}  # partition: offset up to which spans were adopted
         self._stands: tuple[int, int] | None = None  # partition and offset of what the consumer gives next
         self._ahead: deque[Message] = deque()
+        self._assigned = False
         self._passed: tuple[int, dict[int, int]] = (0, {})  # spans before the acknowledged place, and where they ended
         self._acknowledged: dict[int, int] = {}
-        self._committer: Consumer | None = None
         self._answered: tuple[KafkaError | None, dict[int, int]] | None = None  # to the last commit, and which it was
 
     # --- Stream -------------------------------------------------------------------------------------------------------
@@ -203,6 +204,9 @@ class KafkaTopic(BrokerStream):
         oldest, newest = self._offsets([partition], until)[partition]
         self._require_held(partition, at, oldest, newest)
         with self._answering("cannot be read"):
+            if not self._assigned:  # it finds the leaders sooner when asked for them than by itself
+                self._consumer.list_topics(self._settings.topic, timeout=_left(until))
+                self._assigned = True
             self._consumer.assign([TopicPartition(self._settings.topic, partition, at)])
         self._stands = (partition, at)
 
@@ -222,7 +226,7 @@ class KafkaTopic(BrokerStream):
         """The topic's partitions and which log it is. Raises Refused where it is another than the adopted spans'."""
         topic = self._settings.topic
         with self._answering("cannot be described"):
-            metadata = self._consumer.list_topics(topic, timeout=_left(until))
+            metadata = self._asking.list_topics(topic, timeout=_left(until))
             described = metadata.topics[topic]
             if described.error is not None:
                 raise KafkaException(described.error)
@@ -237,7 +241,7 @@ class KafkaTopic(BrokerStream):
         with self._answering("does not tell its offsets"):
             for partition in partitions:
                 wanted = TopicPartition(self._settings.topic, partition)
-                if (found := self._consumer.get_watermark_offsets(wanted, timeout=_left(until))) is None:
+                if (found := self._asking.get_watermark_offsets(wanted, timeout=_left(until))) is None:
                     raise TimeoutError(f"partition {partition}: no answer")
                 held[partition] = found
         return held
@@ -259,17 +263,16 @@ class KafkaTopic(BrokerStream):
         self._last_error = error.str()
 
     def _commit(self, offsets: dict[int, int]) -> None:
-        """Set the group's offsets; by a client of its own, whose answers are waited for without taking messages."""
+        """Set the group's offsets."""
         until = self._deadline()
         wanted = [TopicPartition(self._settings.topic, partition, at) for partition, at in sorted(offsets.items())]
         with self._answering("cannot be acknowledged"):
-            committer = self._committer = self._committer or Consumer({**self._properties, "on_commit": self._answer})
             self._answered = None
-            committer.commit(offsets=wanted, asynchronous=True)
+            self._asking.commit(offsets=wanted, asynchronous=True)
             while self._answered is None or self._answered[1] != offsets:  # of an earlier one, given up
                 if time.monotonic() > until:
                     raise TimeoutError(f"group {self._settings.group!r}: no answer within {self._settings.timeout_s} s")
-                committer.poll(0.05)
+                self._asking.poll(0.05)  # nothing is assigned to it: it only calls back
             if self._answered[0] is not None:
                 raise KafkaException(self._answered[0])
 
