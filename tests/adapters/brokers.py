@@ -69,7 +69,7 @@ class Server:
     def pause(self) -> None:
         """Make it answer nothing, with its connections open."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        stop(self._process)
 
     def resume(self) -> None:
         assert self._process is not None
@@ -174,6 +174,14 @@ class KafkaCluster:
         return found
 
 
+def stop(process: subprocess.Popen[Any]) -> None:
+    """SIGSTOP; returns when none of its threads runs any more."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+        time.sleep(0.001)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -194,7 +202,7 @@ class KafkaProcess:
         assert self.servers
 
     def pause(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+        stop(self._process)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
