@@ -124,7 +124,7 @@ class NatsClient:
     def __init__(self, url: str, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._client = self.wait(nats.connect(url, **options))
-        self.stream: JetStreamContext = self._client.jetstream(timeout=10)
+        self.stream: JetStreamContext = self._client.jetstream(timeout=30)
 
     def wait(self, question: Coroutine[Any, Any, Any]) -> Any:
         return self._loop.run_until_complete(question)

@@ -40,7 +40,9 @@ def server(tmp_path: Path) -> Iterator[NatsServer]:
 
 
 def over(server: NatsServer, stream: str, **more: Any) -> JetStream:
-    return JetStream(JetStream.Settings.model_validate({"url": server.url, "stream": stream, **more}), "fed")
+    return JetStream(
+        JetStream.Settings.model_validate({"url": server.url, "stream": stream, "timeout_s": 30, **more}), "fed"
+    )
 
 
 def made(client: NatsClient, name: str, values: Sequence[str | bytes] = (), **more: Any) -> str:
@@ -203,7 +205,7 @@ def test_killed_in_the_middle_of_reading_it_goes_on_at_the_same_record(server: N
     client = NatsClient(server.url)
     made(client, "durable", documents)
     client.close()
-    stream = over(server, "durable")
+    stream = over(server, "durable", timeout_s=5)
     stream.adopt(stream.discover())
     reading = stream.read(None)
     items = [next(reading) for _ in range(300)]

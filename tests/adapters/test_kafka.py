@@ -29,7 +29,9 @@ def shared() -> KafkaCluster:
 
 
 def over(cluster: KafkaCluster | KafkaProcess, topic: str, **more: Any) -> KafkaTopic:
-    return KafkaTopic(KafkaTopic.Settings.model_validate({"servers": cluster.servers, "topic": topic, **more}), "fed")
+    return KafkaTopic(
+        KafkaTopic.Settings.model_validate({"servers": cluster.servers, "topic": topic, "timeout_s": 30, **more}), "fed"
+    )
 
 
 def produced(cluster: KafkaCluster, values: Sequence[str | bytes | None], partition: int = 0, topic: str = "") -> str:

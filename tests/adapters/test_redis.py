@@ -32,7 +32,9 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def over(server: RedisServer, key: str, **more: Any) -> RedisStream:
-    return RedisStream(RedisStream.Settings.model_validate({"url": server.url, "key": key, **more}), "fed")
+    return RedisStream(
+        RedisStream.Settings.model_validate({"url": server.url, "key": key, "timeout_s": 30, **more}), "fed"
+    )
 
 
 def add(server: RedisServer, key: str, values: Sequence[str | bytes], field: str = "text") -> list[bytes]:
@@ -176,7 +178,7 @@ def test_messages_as_json_and_as_text(shared: RedisServer) -> None:
 def test_killed_in_the_middle_of_reading_it_goes_on_at_the_same_record(server: RedisServer) -> None:
     documents = [f"document {i}" for i in range(1000)]
     add(server, "durable", documents)
-    stream = over(server, "durable")
+    stream = over(server, "durable", timeout_s=5)
     stream.adopt(stream.discover())
     reading = stream.read(None)
     items = [next(reading) for _ in range(300)]  # two batches, and some of a third
