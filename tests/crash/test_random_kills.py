@@ -47,12 +47,12 @@ def windows(contents: list[bytes]) -> dict[bytes, int]:
     return numbered
 
 
-def audit(lives: list[NDArray[np.int16]], contents: list[bytes]) -> None:
+def audit(lives: list[NDArray[np.int16]], contents: list[bytes], steps: int = STEPS) -> None:
     """The undisturbed run used every sequence once; the killed one used them at the same steps, and at no other."""
     known = windows(contents)
     line, *killed = [[tuple(known[row.tobytes()] for row in batch) for batch in life] for life in lives]
     used = [k for batch in line for k in batch]
-    assert len(line) == STEPS
+    assert len(line) == steps
     assert len(used) == len(set(used)), "a sequence was trained on twice"
     left_out = set(range(max(used))) - set(used)
     longest_block = BLOCK + max(map(len, contents)) // LENGTH + 1
@@ -62,7 +62,7 @@ def audit(lives: list[NDArray[np.int16]], contents: list[bytes]) -> None:
     spans = [(at[life[0]], at[life[0]] + len(life)) for life in killed]
     for life, (first, end) in zip(killed, spans, strict=True):
         assert life == line[first:end], f"steps {first} to {end} were taken on other batches"
-    assert spans[0][0] == 0 and spans[-1][1] == STEPS
+    assert spans[0][0] == 0 and spans[-1][1] == steps
     for (before, reached), (first, _) in pairwise(spans):
         assert before <= first <= reached, "a commit was lost, or steps were passed over"
 
