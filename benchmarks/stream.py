@@ -89,11 +89,8 @@ class Benchmark:
 
     def _tried(self, key: str, kind: str, batches: int) -> tuple[Setting, dict[str, float]]:
         """The fastest of a contender's settings, and the tokens a second of each."""
-        settings = CONTENDERS[key].settings(kind)
-        if len(settings) == 1:
-            return settings[0], {}
         rates: dict[Setting, float] = {}
-        for setting in settings:
+        for setting in CONTENDERS[key].settings(kind):
             self.told(f"{KINDS.get(kind, kind)}: {CONTENDERS[key].title} with {setting.told}")
             with self._runner(key, kind, setting) as runner:
                 runner.turn(max(1, batches // 8))

@@ -58,7 +58,9 @@ class Corpus:
     """The folders, made where they are missing. `told` hears what is being made."""
 
     def __init__(self, folder: Path, size: Size, told: Callable[[str], None]) -> None:
-        named = f"{sysconfig.get_python_version()}-{size.text_bytes >> 20}M-{size.vocabulary}-{size.passes}-{size.shards}"
+        named = (
+            f"{sysconfig.get_python_version()}-{size.text_bytes >> 20}M-{size.vocabulary}-{size.passes}-{size.shards}"
+        )
         self.folder, self.size, self._told = folder / named, size, told
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -115,8 +117,7 @@ class Corpus:
 
 
 def _documents(wanted: int) -> Iterator[str]:
-    """Documents of 1 to 4 KiB, `wanted` bytes in all. A source's first line says which pass it is, for a tokenizer's
-    cache of words sees nothing new in the same text cut elsewhere, and every contender's alike."""
+    """Documents of 1 to 4 KiB, `wanted` bytes in all."""
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts)
     made = 0
@@ -185,7 +186,9 @@ def _zst(folder: Path, documents: list[str], size: Size) -> None:
 def _jsonl(folder: Path, documents: list[str], size: Size) -> None:
     for name, part in _shards(documents, size.shards):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"id": n, "text": text}, ensure_ascii=False) + "\n" for n, text in enumerate(part))
+            file.writelines(
+                json.dumps({"id": n, "text": text}, ensure_ascii=False) + "\n" for n, text in enumerate(part)
+            )
 
 
 def _parquet(folder: Path, documents: list[str], size: Size) -> None:
@@ -238,7 +241,9 @@ def _litdata_text(folder: Path, documents: list[str], size: Size) -> None:
 def _litdata_tokens(folder: Path, tokens: list[NDArray[np.uint16]], size: Size) -> None:
     from litdata import TokensLoader
 
-    _optimized(folder, [part for _, part in _shards(tokens, size.shards)], item_loader=TokensLoader(SEQUENCE_LENGTH + 1))
+    _optimized(
+        folder, [part for _, part in _shards(tokens, size.shards)], item_loader=TokensLoader(SEQUENCE_LENGTH + 1)
+    )
 
 
 _given: list[Any] = []

@@ -114,7 +114,9 @@ def mosaic() -> Any:
 def _mosaic_set(folder: Path, scratch: Path, **settings: Any) -> Any:
     package = mosaic()
     package.base.util.clean_stale_shared_memory()
-    where = {"local": str(folder)} if not settings.pop("zipped", False) else {"remote": str(folder), "local": str(scratch)}
+    where = (
+        {"local": str(folder)} if not settings.pop("zipped", False) else {"remote": str(folder), "local": str(scratch)}
+    )
     return package.StreamingDataset(**where, shuffle=False, **settings)
 
 

@@ -7,6 +7,7 @@ theirs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,7 +52,8 @@ class Runner:
 
     def close(self) -> None:
         """End it and its workers."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def turn(self, batches: int) -> dict[str, Any]:
@@ -61,9 +63,9 @@ class Runner:
         os.killpg(self._process.pid, signal.SIGCONT)
         stdin.write(f"{batches}\n")
         stdin.flush()
-        answer = stdout.readline()  # that the clock starts
-        before = self._cpu_s()
-        answer = answer and stdout.readline()
+        before = 0.0
+        while (answer := stdout.readline()) == "began\n":  # again, where a pass ended inside of the turn
+            before = self._cpu_s()
         after = self._cpu_s()
         if not answer:
             raise RuntimeError(f"it ended with {self._process.wait()}:\n{self._log.read_text()[-2000:]}")

@@ -1,5 +1,5 @@
-"""The process that runs one contender: reads on standard input how many batches to take, takes them, and writes how long
-it took. Frozen between its turns, so that its workers neither disturb the others nor fill their queues for free.
+"""The process that runs one contender: reads on standard input how many batches to take, says when it begins, takes them,
+and writes how long it took. Frozen between its turns, so that its workers neither disturb the others nor fill their queues for free.
 
     python -m throughput.turns CONTENDER KIND WORKERS THREADS CORPUS SCRATCH
 """
@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ WARM_UP_BATCHES = 8
 class Turns:
     """One contender, reopened where a pass over the documents ends."""
 
-    def __init__(self, key: str, kind: str, setting: Setting, corpus: Path, scratch: Path) -> None:
+    def __init__(
+        self, key: str, kind: str, setting: Setting, corpus: Path, scratch: Path, tell: Callable[[str], None]
+    ) -> None:
         self._open = lambda: CONTENDERS[key].open(kind)(corpus, kind, setting, scratch)
-        self._scratch = scratch
+        self._scratch, self._tell = scratch, tell
         self._batches: Iterator[Any] | None = None
 
     def take(self, count: int) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class Turns:
         for _ in range(2):
             if self._batches is None:
                 self._start()
+            self._tell("began")
             began = time.perf_counter()
             if self._took(count):
                 seconds = time.perf_counter() - began
@@ -70,10 +73,14 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads == "1" else "false"
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    turns = Turns(key, kind, Setting(int(workers), threads == "1"), Path(corpus), Path(scratch))
-    for line in sys.stdin:
-        answers.write(json.dumps(turns.take(int(line))) + "\n")
+
+    def tell(text: str) -> None:
+        answers.write(f"{text}\n")
         answers.flush()
+
+    turns = Turns(key, kind, Setting(int(workers), threads == "1"), Path(corpus), Path(scratch), tell)
+    for line in sys.stdin:
+        tell(json.dumps(turns.take(int(line))))
 
 
 if __name__ == "__main__":
