@@ -17,8 +17,6 @@ All of it is a function of the interpreter's version and `Size`.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import sysconfig

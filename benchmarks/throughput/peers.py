@@ -170,10 +170,9 @@ def _hf_set(kind: str, files: Path) -> Any:
 
     datasets.disable_progress_bars()
     reader = "json" if kind == "zst" else "parquet"
-    found = datasets.load_dataset(
+    return datasets.load_dataset(
         reader, data_files=[str(file) for file in sorted(files.iterdir())], split="train", streaming=True
     )
-    return found
 
 
 def _hf_tables(found: Any, worker: int, workers: int, size: int) -> Iterator[Any]:

@@ -1,5 +1,6 @@
-"""The process that runs one contender: reads on standard input how many batches to take, says when it begins, takes them,
-and writes how long it took. Frozen between its turns, so that its workers neither disturb the others nor fill their queues for free.
+"""The process that runs one contender: reads on standard input how many batches to take, says when it begins, takes
+them, and writes how long it took. Frozen between its turns, so that its workers neither disturb the others nor fill
+their queues for free.
 
     python -m throughput.turns CONTENDER KIND WORKERS THREADS CORPUS SCRATCH
 """
@@ -61,10 +62,7 @@ class Turns:
 
     def _took(self, count: int) -> bool:
         assert self._batches is not None
-        for _ in range(count):
-            if next(self._batches, None) is None:
-                return False
-        return True
+        return all(next(self._batches, None) is not None for _ in range(count))
 
 
 def main() -> None:
