@@ -23,6 +23,7 @@ from throughput.peers import Setting
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _EVERY_S = 0.02
+_ENDING_S = 10.0
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
 
@@ -51,7 +52,14 @@ class Runner:
         self.close()
 
     def close(self) -> None:
-        """End it and its workers."""
+        """Let it end by itself, so that it removes its shared memory; then end what is left of its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGCONT)
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ENDING_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
