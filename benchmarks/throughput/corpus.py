@@ -17,6 +17,7 @@ All of it is a function of the interpreter's version and `Size`.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import sysconfig
@@ -253,12 +254,15 @@ def _one(index: int) -> Iterator[Any]:
 
 def _optimized(folder: Path, shards: list[Any], **settings: Any) -> None:
     """LitData writes in processes of its own; the shards reach them by fork, and are not pickled."""
+    for name in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER"):  # else beside everybody's in /tmp
+        os.environ[name] = str(folder.with_name(f"{folder.name}.cache"))
     from litdata import optimize
 
     _given[:] = shards
     quiet = {"verbose": False, "start_method": "fork", "num_workers": 1, "chunk_bytes": "64MB"}
     optimize(_one, list(range(len(shards))), str(folder), **{**quiet, **settings})
     _given.clear()
+    shutil.rmtree(folder.with_name(f"{folder.name}.cache"), ignore_errors=True)
 
 
 _WRITERS: Final[dict[str, Callable[[Path, Any, Size], None]]] = {
