@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -201,6 +202,7 @@ def main() -> int:
     if arguments.table:
         result = json.loads(arguments.json.read_text())
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or frozen processes would stay behind
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
         errors = Console(stderr=True, highlight=False)
         with tempfile.TemporaryDirectory(prefix="stream-bench-") as scratch:
