@@ -3,6 +3,7 @@
 # make check   ruff, mypy, import contracts, systemd unit
 # make bench   the benchmarks, about 30 minutes on a quiet machine
 # make faults  every fault of the list at every point, with the list of what was injected; as root, with strace; an hour or two
+# make fuzz    a hundred thousand hostile records and a thousand damaged shards, two minutes
 # make longrun x after a million steps of every optimizer, about an hour on two cores
 #
 # PYTHON picks the interpreter of .venv, TORCH_INDEX=URL another wheel index for torch (see README: machines without a GPU).
@@ -16,7 +17,7 @@ PIP_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INPUTS := pyproject.toml constraints.txt
 WORKERS ?= 2
 
-.PHONY: run test faults check bench longrun clean
+.PHONY: run test faults fuzz check bench longrun clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -27,6 +28,9 @@ test: $(VENV)/.installed-test
 
 faults: $(VENV)/.installed-test
 	FAULTS=full $(BIN)/python -m pytest -n $(WORKERS) --timeout 7200 tests/faults tests/crash $(ARGS)
+
+fuzz: $(VENV)/.installed-test
+	FUZZ=full $(BIN)/python -m pytest tests/adapters/test_fuzz.py -rP $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -42,6 +46,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/store_faults.py
 	$(BIN)/python benchmarks/pull.py
 	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/stream.py
 
 # torch first and alone: it is the large one, and the constraint names the exact version that every later resolve keeps.
 $(VENV)/.installed: $(INPUTS)
