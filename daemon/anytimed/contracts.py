@@ -68,12 +68,12 @@ class CorruptError(AnytimedError):
 class Record:
     """One document of a source. `digest` is the SHA-256 (hex) of its content, and chooses the hold-out.
 
-    tokens: of a source that is tokenized already, shape (n,), trained on as they are (its own end token included);
-    `text` is empty then."""
+    tokens: of a source that is tokenized already, shape (n,), uint16, uint32 or int32, trained on as they are (its own
+    end token included); `text` is empty then. The array is the pipeline's: nobody writes to it any more."""
 
     text: str
     digest: str
-    tokens: Tokens | None = None
+    tokens: NDArray[np.integer[Any]] | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Record):

@@ -18,7 +18,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from fsspec.utils import glob_translate
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -83,7 +83,9 @@ class FileSettings(BaseModel):
 class FileStream(ABC):
     """A `Stream` over spans of files; a format says with `_items` what the records of one span are.
 
-    clock, wall_clock: seconds, for `settle_s`."""
+    passing_settings: those whose change makes no other source of it. clock, wall_clock: seconds, for `settle_s`."""
+
+    passing_settings: ClassVar[frozenset[str]] = frozenset({"exclude", "settle_s"})
 
     def __init__(
         self,
@@ -137,6 +139,8 @@ class FileStream(ABC):
                 self._compare(index, at["digest"], digest)
             else:
                 digest = yield from self._items(index, at)
+            if (known := self._finished.get(index)) is not None:  # read again, in a second pass say
+                self._compare(index, known, digest)
             self._finished[index] = digest
             yield Finished(index, digest), {"entry": index + 1, "offset": 0, "digest": ""}
             index, at = index + 1, None
