@@ -14,7 +14,8 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -159,7 +160,7 @@ class HeldRecord:
     tokens: Tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Holdout:
     """The hold-out in force, oldest record first, and by source the weights of the mixture in force, by which its
     losses are weighed. Losses are compared only at equal `digest`."""
@@ -167,7 +168,7 @@ class Holdout:
     records: tuple[HeldRecord, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over sources, record digests, kept lengths and weights; the version of this hold-out."""
         told = [[r.source, r.digest, int(r.tokens.size)] for r in self.records]
@@ -213,17 +214,28 @@ class Position:
     remainder: Tokens = field(default_factory=lambda: np.zeros(0, np.int32))
     runs: tuple[tuple[str, int], ...] = ()
     holdout: Holdout = field(default_factory=Holdout)
+    _of_block: Json = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def within(self, index: int, batches: int) -> Position:
+        """Further on in the same block."""
+        here = replace(self, index=index, batches=batches)
+        object.__setattr__(here, "_of_block", self._of_block)
+        return here
 
     def to_json(self) -> Json:
-        """Everything but the hold-out's tokens, which travel as a tensor; the hold-out is named by its digest."""
+        """Everything but the hold-out's tokens, which travel as a tensor; the hold-out is named by its digest. What is
+        the same for a whole block is made once; nobody may change it."""
+        if not self._of_block:
+            self._of_block.update(self._told())
+        return {**self._of_block, "index": self.index, "batches": self.batches}
+
+    def _told(self) -> Json:
         return {
             "journal_length": self.journal_length,
             "journal_digest": self.journal_digest,
             "mixture": mixture_to_json(self.mixture),
             "draw": self.draw,
             "block": self.block,
-            "index": self.index,
-            "batches": self.batches,
             "sources": {name: s.to_json() for name, s in sorted(self.sources.items())},
             "runs": [list(run) for run in self.runs],
             "remainder": base64.b64encode(self.remainder.astype("<i4").tobytes()).decode(),

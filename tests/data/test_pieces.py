@@ -74,11 +74,15 @@ def test_every_token_is_a_target_once_wherever_the_packer_is_taken_up_again(
         owners += [label] * size
         at += size
         assert packer.windows == max(0, (at - 1) // length - len(windows))
-        taken, told = packer.take()
+        made = packer.take()
+        numbers = np.arange(len(made))[::-1]  # in any order, as often as one likes
+        taken, told = made.tokens(numbers)[::-1], made.labels(numbers)[::-1]
         assert (taken.dtype, told.dtype) == (np.int32, np.int16)
         assert (taken.shape[1], told.shape) == (length + 1, (len(taken), length))
         windows += taken.tolist()
         labels += told.tolist()
+        if size % 2:
+            packer.give_back(made)
         rest, runs = packer.remainder()
         assert rest.size == sum(count for _, count in runs) <= length
         if again:

@@ -34,8 +34,12 @@ from anytimed.contracts import (
 from anytimed.data.encoding import Rebuild
 from anytimed.data.pipeline import Pipeline
 from anytimed.data.tokenizing import tokenizing
+from anytimed_adapters.streams import files
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
+
+files._LISTING_KEEPS_S = -1.0
+"""What a start has listed would hide what a test writes a moment later."""
 
 END = 0
 NEVER = Rebuild(AdapterTable(type="none"), "", Path(), ())

@@ -7,24 +7,24 @@ that was read, its sequences permuted; batches are taken from the oldest blocks 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anytimed.contracts import Batch, Holdout, Position, SourcePosition, SourceRule
-from anytimed.data.packer import Labels
+from anytimed.data.packer import Labels, Windows
 
 
 @dataclass(slots=True)
 class Block:
-    """A block that was read. sequences: shape (k, sequence_length + 1), labels: (k, sequence_length), both in the order
-    of use; `used` of them are taken. start, following: the positions before and after it, without their `batches`."""
+    """A block that was read. order: of use, of its windows, shape (k,); `used` of them are taken. start, following: the
+    positions before and after it, without their `batches`."""
 
     start: Position
-    sequences: NDArray[np.int32]
-    labels: Labels
+    windows: Windows
+    order: NDArray[np.intp]
     used: int
     following: Position
     mixture: Mapping[str, SourceRule]
@@ -33,13 +33,15 @@ class Block:
 
     @property
     def left(self) -> int:
-        return len(self.sequences) - self.used
+        return len(self.order) - self.used
 
 
 class Blocks:
-    """Blocks that were read, oldest first. batches: how many were taken before the first of them."""
+    """Blocks that were read, oldest first. batches: how many were taken before the first of them. used_up: gets the
+    windows of a block that all are taken."""
 
-    def __init__(self, batch_size: int, batches: int) -> None:
+    def __init__(self, batch_size: int, batches: int, used_up: Callable[[Windows], None]) -> None:
+        self._used_up = used_up
         self._size = batch_size
         self._batches = batches
         self._ready: deque[Block] = deque()
@@ -69,19 +71,21 @@ class Blocks:
         while missing:
             block = self._ready[0]
             count = min(missing, block.left)
-            rows.append(block.sequences[block.used : block.used + count])
-            labels.append(block.labels[block.used : block.used + count])
+            numbers = block.order[block.used : block.used + count]
+            rows.append(block.windows.tokens(numbers))
+            labels.append(block.windows.labels(numbers))
             block.used += count
             missing -= count
             if not block.left:
                 self._ready.popleft()
+                self._used_up(block.windows)
         self._batches += 1
-        position = replace(block.start, index=block.used) if block.left else block.following
+        within = block.start.within(block.used, self._batches)
         return Batch(
-            tokens=np.concatenate(rows),
-            labels=np.concatenate(labels),
+            tokens=rows[0] if len(rows) == 1 else np.concatenate(rows),
+            labels=labels[0] if len(labels) == 1 else np.concatenate(labels),
             sources=names,
-            position=replace(position, batches=self._batches),
+            position=within if block.left else block.following.within(0, self._batches),
             holdout=block.holdout,
             mixture=block.mixture,
             read=block.read,

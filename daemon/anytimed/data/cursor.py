@@ -16,6 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from anytimed.contracts import (
     Acknowledging,
     AnytimedError,
@@ -51,7 +54,7 @@ class Taken:
     item: Record | Rejected
     place: Json
     finished: Mapping[int, str]
-    tokens: Tokens | None = None
+    tokens: NDArray[np.integer[Any]] | None = None
     whole: bool = False
 
 
@@ -237,7 +240,7 @@ class Cursor:
                 riding, self._riding = self._riding, {}
                 group.taken.append(self._taken(item, place, riding, group.texts))
                 if isinstance(item, Record):
-                    characters += len(item.text)
+                    characters += len(item.text) if item.tokens is None else item.tokens.size
                 if len(group.taken) >= GROUP_RECORDS or characters >= GROUP_CHARACTERS:
                     break
             else:
@@ -268,7 +271,7 @@ class Cursor:
             texts.append(item.text)
             return Taken(item, place, finished)
         tokens = item.tokens
-        if not tokens.size or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+        if not tokens.size or tokens.max() >= self._vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
             found = f"tokens from {tokens.min()} to {tokens.max()}" if tokens.size else "no token"
             return Taken(Rejected(f"{found}, expected 0 to {self._vocab_size - 1}", item.digest), place, finished)
         return Taken(item, place, finished, tokens, whole=True)

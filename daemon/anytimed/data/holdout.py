@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from anytimed.contracts import HeldRecord, Holdout, Tokens
+from anytimed.contracts import HeldRecord, Holdout
 
 
 class HoldoutKeeper:
@@ -51,7 +53,7 @@ class HoldoutKeeper:
         """Whether the record with this SHA-256 (hex) is held out."""
         return int(digest[:16], 16) < self._threshold
 
-    def keep(self, source: str, digest: str, tokens: Tokens) -> None:
+    def keep(self, source: str, digest: str, tokens: NDArray[np.integer[Any]]) -> None:
         """Take a chosen record in and thin its source. tokens: shape (n,), end token included.
 
         A record that the source already has in here is not counted twice, and one without a target (a single token)

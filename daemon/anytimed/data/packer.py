@@ -3,10 +3,16 @@
 Tokens of all documents are laid end to end. A window is `sequence_length + 1` tokens, the next one starts
 `sequence_length` later: its first token is the last target of the one before, so that every token but the very first is
 a target exactly once. What does not fill a window is the remainder, at most `sequence_length` tokens after each `take`.
-Every token carries the label of the source that it came from.
+Every token carries the label of the source that it came from; labels are kept in runs.
+
+Tokens are copied once, into a buffer that leaves with its windows and comes back when they are used up: memory that was
+touched before costs a fraction of fresh pages.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +20,52 @@ from numpy.typing import NDArray
 from anytimed.contracts import Tokens
 
 Labels = NDArray[np.int16]
+Run = tuple[int, int]
+"""A label and how many tokens have it."""
+
+_SPARE = 2
+"""Buffers kept for later."""
+
+
+class Windows:
+    """Windows of one buffer, by number; `labels` of the targets, by number too."""
+
+    def __init__(self, buffer: NDArray[np.int32], count: int, length: int, runs: Sequence[Run]) -> None:
+        self.buffer = buffer
+        self._count, self._length = count, length
+        self._runs = runs
+        self._labels: Labels | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def tokens(self, numbers: NDArray[np.intp]) -> NDArray[np.int32]:
+        """A copy of some windows, (n, length + 1)."""
+        flat = self.buffer[: self._count * self._length + 1]
+        taken: NDArray[np.int32] = np.lib.stride_tricks.sliding_window_view(flat, self._length + 1)[:: self._length][
+            numbers
+        ]
+        return taken
+
+    def labels(self, numbers: NDArray[np.intp]) -> Labels:
+        """Those of the targets of some windows, (n, length)."""
+        if len(self._runs) == 1:
+            return np.full((len(numbers), self._length), self._runs[0][0], np.int16)
+        if self._labels is None:
+            told = np.repeat([label for label, _ in self._runs], [n for _, n in self._runs]).astype(np.int16)
+            self._labels = told[1 : 1 + self._count * self._length].reshape(self._count, self._length)
+        return self._labels[numbers]
 
 
 class Packer:
-    """Holds tokens until they fill windows. `sequence_length` >= 1, in tokens."""
+    """Holds tokens until they fill windows. `sequence_length` >= 1, in tokens; `expected_tokens` until a `take`."""
 
-    def __init__(self, sequence_length: int) -> None:
+    def __init__(self, sequence_length: int, expected_tokens: int = 0) -> None:
         self._length = sequence_length
-        self._parts: list[Tokens] = []
-        self._labels: list[int] = []
-        self._counts: list[int] = []
+        self._expected = expected_tokens
+        self._spare: list[NDArray[np.int32]] = []
+        self._buffer = self._take_buffer()
+        self._runs: list[Run] = []
         self._size = 0
 
     @property
@@ -31,40 +73,51 @@ class Packer:
         """Full windows that wait to be taken."""
         return max(0, (self._size - 1) // self._length)
 
-    def add(self, tokens: Tokens, label: int) -> None:
-        """Append tokens, int32, shape (n,), of one source; copies nothing (parts are joined once, in `take`)."""
-        self._parts.append(tokens)
-        self._labels.append(label)
-        self._counts.append(tokens.size)
-        self._size += tokens.size
+    def add(self, tokens: NDArray[np.integer[Any]], label: int) -> None:
+        """Append tokens, shape (n,), of one source, as a copy."""
+        end = self._size + tokens.size
+        if end > self._buffer.size:
+            grown = np.empty(max(end, 2 * self._buffer.size), np.int32)
+            grown[: self._size] = self._buffer[: self._size]
+            self._buffer = grown
+        np.copyto(self._buffer[self._size : end], tokens, casting="unsafe")  # below the vocabulary: they fit
+        self._size = end
+        if self._runs and self._runs[-1][0] == label:
+            self._runs[-1] = (label, self._runs[-1][1] + tokens.size)
+        elif tokens.size:
+            self._runs.append((label, tokens.size))
 
-    def take(self) -> tuple[NDArray[np.int32], Labels]:
-        """All full windows, shape (windows, sequence_length + 1), and the labels of their targets, shape (windows,
-        sequence_length); they leave the packer."""
-        count, length = self.windows, self._length
-        flat, labels = self._joined()
-        windows = np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length] if count else flat[:0]
-        taken = windows.reshape(count, length + 1).copy()
-        told = labels[1 : 1 + count * length].reshape(count, length).copy()
-        rest, runs = flat[count * length :].copy(), _runs(labels[count * length :])
-        self._parts, self._size = [rest], rest.size
-        self._labels, self._counts = [label for label, _ in runs], [n for _, n in runs]
-        return taken, told
+    def take(self) -> Windows:
+        """All full windows; they leave the packer, with its buffer."""
+        windows = Windows(self._buffer, self.windows, self._length, self._runs)
+        used = len(windows) * self._length
+        rest, runs = self._buffer[used : self._size].copy(), _behind(self._runs, used)
+        self._buffer, self._size, self._runs = self._take_buffer(), 0, []
+        at = 0
+        for label, count in runs:
+            self.add(rest[at : at + count], label)
+            at += count
+        return windows
 
-    def remainder(self) -> tuple[Tokens, list[tuple[int, int]]]:
-        """The tokens that wait, shape (n,), as a copy, and whose they are in runs of (label, tokens)."""
-        flat, labels = self._joined()
-        return flat.copy(), _runs(labels)
+    def give_back(self, windows: Windows) -> None:
+        """Windows are used up: their buffer may be filled again."""
+        if len(self._spare) < _SPARE:
+            self._spare.append(windows.buffer)
 
-    def _joined(self) -> tuple[Tokens, Labels]:
-        if len(self._parts) != 1:
-            self._parts = [np.concatenate(self._parts) if self._parts else np.zeros(0, np.int32)]
-        return self._parts[0], np.repeat(np.array(self._labels, np.int16), np.array(self._counts, np.int64))
+    def remainder(self) -> tuple[Tokens, list[Run]]:
+        """The tokens that wait, shape (n,), as a copy, and whose they are."""
+        return self._buffer[: self._size].copy(), list(self._runs)
+
+    def _take_buffer(self) -> NDArray[np.int32]:
+        return self._spare.pop() if self._spare else np.empty(self._expected, np.int32)
 
 
-def _runs(labels: Labels) -> list[tuple[int, int]]:
-    if not labels.size:
-        return []
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(labels)) + 1])
-    counts = np.diff(np.concatenate([starts, [labels.size]]))
-    return list(zip(labels[starts].tolist(), counts.tolist(), strict=True))
+def _behind(runs: Sequence[Run], used: int) -> list[Run]:
+    """What is left of the runs behind the first `used` tokens."""
+    found: list[Run] = []
+    for label, count in runs:
+        left = count - min(count, used)
+        used -= count - left
+        if left:
+            found.append((label, left))
+    return found

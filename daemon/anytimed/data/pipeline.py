@@ -135,13 +135,14 @@ class Pipeline:
         self._draw = position.draw
         self._block = position.block
         self._skip = position.index
-        self._packer = Packer(self._sequence_length)
+        expected = (self._block_sequences + 2) * self._sequence_length
+        self._packer = Packer(self._sequence_length, expected)
         at = 0
         for name, count in position.runs:
             self._packer.add(position.remainder[at : at + count], self._label(name))
             at += count
         self._keeper = HoldoutKeeper(*self._holdout, position.holdout)
-        self._blocks = Blocks(self._batch_size, position.batches)
+        self._blocks = Blocks(self._batch_size, position.batches, self._packer.give_back)
         self._finished: dict[str, dict[str, str]] = {}
         self._cut = False
         in_force = Mixture(position.mixture, self._seed) if position.mixture else None
@@ -219,6 +220,11 @@ class Pipeline:
     def stands(self) -> bool:
         """A poll has found nothing, and what could be done about that is done: only another poll helps."""
         return self._nothing_new
+
+    @property
+    def has_batch(self) -> bool:
+        """The next batch needs no reading."""
+        return self._blocks.full
 
     def acknowledge(self, position: Json) -> None:
         """No commit resumes before this position, as JSON: tell the sources that records before it are not needed any
@@ -388,8 +394,8 @@ class Pipeline:
                 f"block {self._block} has {filled} sequences, the commit had used {self._skip} and more were left. "
                 f"{_REMEDY}"
             )
+        windows = self._packer.take()
         order = permutation(self._seed, self._block, filled)
-        sequences, labels = self._packer.take()
         start, used = self._start, self._skip
         self._block += 1
         self._skip = 0
@@ -398,8 +404,8 @@ class Pipeline:
         self._blocks.add(
             Block(
                 start,
-                sequences[order],
-                labels[order],
+                windows,
+                order,
                 used,
                 self._start,
                 self._sources.mixture.rules,

@@ -44,8 +44,10 @@ class Reader:
             if self._closed:
                 raise Interrupted("the reader is closed")
             if self._batches:
-                self._changed.notify_all()
-                return self._batches.popleft()
+                batch = self._batches.popleft()
+                if self._may_read():
+                    self._changed.notify_all()
+                return batch
             if self._failure is not None:
                 raise self._failure
             return self._dry
@@ -90,7 +92,11 @@ class Reader:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._offer(self._read())
+                outcome = self._read()
+                made = [outcome] if isinstance(outcome, Batch) else []
+                while made and self._pipeline.has_batch and len(made) < self._depth:
+                    made.append(self._made())
+                self._offer(made, outcome if isinstance(outcome, Dry) else None)
         except Interrupted:
             self._pipeline.close()
         except BaseException as failure:  # noqa: BLE001 - not handled here: it is raised again in `get`
@@ -108,6 +114,11 @@ class Reader:
             if not self._pipeline.poll() and not self._pipeline.stands:
                 break
         return outcome
+
+    def _made(self) -> Batch:
+        batch = self._pipeline.next_batch()
+        assert isinstance(batch, Batch), "it needs no reading"
+        return batch
 
     def _wait_for_work(self) -> bool:
         """Sleep while the queue is full or the stream dry, serving polls and acknowledgements; False once closed."""
@@ -131,16 +142,15 @@ class Reader:
                     return True
 
     def _may_read(self) -> bool:
-        return self._dry is None and len(self._batches) < self._depth
+        return self._dry is None and len(self._batches) <= self._depth // 2
 
-    def _offer(self, outcome: Batch | Dry) -> None:
+    def _offer(self, made: list[Batch], dry: Dry | None) -> None:
         told = self._pipeline.status()
         with self._changed:
             self._told = told
-            if isinstance(outcome, Batch):
-                self._batches.append(outcome)
-            elif not self._poll:  # a poll that was asked for meanwhile comes first
-                self._dry = outcome
+            self._batches += made
+            if dry is not None and not self._poll:  # a poll that was asked for meanwhile comes first
+                self._dry = dry
             self._changed.notify_all()
 
     def _tell(self) -> None:
