@@ -61,7 +61,7 @@ def ours(corpus: Path, kind: str, setting: object, scratch: Path) -> Iterator[An
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "journal.jsonl").unlink(missing_ok=True)
     journal = Journal(scratch / "journal.jsonl")
-    pipeline = pipeline_of(parts_of(config), journal, lambda source, place, rejected: None)
+    pipeline = pipeline_of(parts_of(config), journal, lambda source, place, rejected: None, scratch / "journal.fold")
     pipeline.restore(Position())
     reader = Reader(pipeline, config.data.prefetch_batches)
     pipeline.poll()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from anytimed.contracts import Batch, CorruptError, HeldRecord, Holdout, Position
@@ -51,8 +52,13 @@ def learner(
 
 def batch(number: int, size: int = 4) -> Batch:
     tokens = np.random.default_rng(number).integers(0, VOCAB, (size, LENGTH + 1), dtype=np.int32)
+    return batch_of(tokens, number)
+
+
+def batch_of(tokens: NDArray[np.int32], number: int = 0) -> Batch:
+    """Its targets are of the source "even" or "odd", as they are."""
     labels = (tokens[:, 1:] % 2).astype(np.int16)
-    return Batch(tokens, labels, ("even", "odd"), Position(draw=number, batches=number), Holdout(), {}, {})
+    return Batch(tokens, labels, ("even", "odd", "absent"), Position(draw=number, batches=number), Holdout(), {}, {})
 
 
 def state(of: Learner) -> dict[str, torch.Tensor]:
@@ -118,7 +124,7 @@ def test_documents_end_with_the_end_token(micro: int | None) -> None:
     tokens[1, [0, LENGTH]] = end  # the first input ends a document; the last end is a target only
     tokens[2, LENGTH - 1] = end
     expected = [[0] * 4 + [1] + [2] * 5 + [3] * 2, [0] + [1] * 11, [0] * 12, [0] * 12]
-    one = Batch(tokens, Position(), Holdout(), {})
+    one = batch_of(tokens)
     for told in (end, None):
         given: list[torch.Tensor | None] = []
         asked = learner(micro=micro, end_token=told)
@@ -153,15 +159,36 @@ def test_a_step_by_documents_is_that_of_the_documents_alone() -> None:
     alone = np.full((4, LENGTH + 1), IGNORED, np.int32)
     alone[:2, :7], alone[2:, :7] = rows[:, :7], rows[:, 6:]
     masked, plain = learner(end_token=end, clip=None), learner(clip=None)
-    masked.step(Batch(rows, Position(), Holdout(), {}))
-    plain.step(Batch(alone, Position(), Holdout(), {}))
+    masked.step(batch_of(rows))
+    plain.step(batch_of(alone))
     (ours,), (theirs,) = masked.reports(), plain.reports()
     # The mean is over all targets of a batch, of which half do not count in the other; float32 sums in another order.
     assert ours.loss == pytest.approx(2 * theirs.loss, rel=1e-5)
     assert ours.grad_norm == pytest.approx(2 * theirs.grad_norm, rel=1e-4)
     unmasked = learner(clip=None)
-    unmasked.step(Batch(rows, Position(), Holdout(), {}))
+    unmasked.step(batch_of(rows))
     assert unmasked.reports()[0].grad_norm != pytest.approx(ours.grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("micro", [None, 1, 2])
+def test_losses_before_the_step_are_told_by_source(micro: int | None) -> None:
+    one, plain = learner(micro=micro), learner()
+    for number in range(3):
+        this = batch(number)
+        with torch.no_grad():
+            losses = plain.model.losses(plain.module, torch.from_numpy(this.tokens).long())
+        one.step(this)
+        plain.step(this)
+        [report] = one.reports()
+        plain.reports()
+        assert set(report.by_source) == {"even", "odd"}, "nothing is said of a source without a target"
+        for label, name in enumerate(("even", "odd")):
+            of = torch.from_numpy(this.labels) == label
+            count, total = report.by_source[name]
+            assert count == int(of.sum())
+            assert total == pytest.approx(float(losses[of].double().sum()), rel=1e-5)
+        assert sum(total for _, total in report.by_source.values()) / 48 == pytest.approx(report.loss, rel=1e-5)
+        assert report.batch == number
 
 
 def test_clipping_bounds_the_norm_and_reports_the_one_before() -> None:
@@ -206,6 +233,28 @@ def test_evaluation_uses_x_y_and_z_and_leaves_the_parameters_alone() -> None:
         assert loss == pytest.approx(expected, rel=1e-5), which  # other batches of the same sum
     assert len({found.loss_x, found.loss_y, found.loss_z}) == 3
     assert one.evaluate(Holdout()) is None
+
+
+def test_an_evaluation_weighs_the_sources_as_the_mixture_does() -> None:
+    one = learner()
+    one.step(batch(0))
+    one.reports()
+    rng = np.random.default_rng(6)
+    records = tuple(
+        HeldRecord(name, f"{name}{i}", rng.integers(0, VOCAB, size, dtype=np.int32))
+        for name, size, count in (("a", 30, 5), ("b", 9, 2))
+        for i in range(count)
+    )
+    found = one.evaluate(Holdout(records, {"a": 1.0, "b": 3.0, "c": 4.0}))
+    assert found is not None
+    assert {name: losses.tokens for name, losses in found.by_source.items()} == {"a": 5 * 29, "b": 2 * 8}
+    a, b = found.by_source["a"], found.by_source["b"]
+    for which in ("loss_x", "loss_y", "loss_z"):
+        alone = [one.evaluate(Holdout(tuple(r for r in records if r.source == n), {n: 1.0})) for n in "ab"]
+        assert [getattr(each, which) for each in alone] == pytest.approx([getattr(a, which), getattr(b, which)])
+        assert getattr(found, which) == pytest.approx((getattr(a, which) + 3 * getattr(b, which)) / 4, rel=1e-12)
+    other = one.evaluate(Holdout(records, {"a": 1.0, "b": 1.0}))
+    assert other is not None and other.holdout != found.holdout
 
 
 def write(one: Learner, path: Path) -> dict[str, object]:

@@ -41,6 +41,8 @@ class Windows:
 
     def tokens(self, numbers: NDArray[np.intp]) -> NDArray[np.int32]:
         """A copy of some windows, (n, length + 1)."""
+        if not len(numbers):
+            return np.zeros((0, self._length + 1), np.int32)
         flat = self.buffer[: self._count * self._length + 1]
         taken: NDArray[np.int32] = np.lib.stride_tricks.sliding_window_view(flat, self._length + 1)[:: self._length][
             numbers
@@ -49,8 +51,8 @@ class Windows:
 
     def labels(self, numbers: NDArray[np.intp]) -> Labels:
         """Those of the targets of some windows, (n, length)."""
-        if len(self._runs) == 1:
-            return np.full((len(numbers), self._length), self._runs[0][0], np.int16)
+        if len(self._runs) <= 1:
+            return np.full((len(numbers), self._length), self._runs[0][0] if self._runs else 0, np.int16)
         if self._labels is None:
             told = np.repeat([label for label, _ in self._runs], [n for _, n in self._runs]).astype(np.int16)
             self._labels = told[1 : 1 + self._count * self._length].reshape(self._count, self._length)
