@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -21,7 +22,7 @@ import pytest
 import zstandard
 from fsspec.core import url_to_fs
 
-from anytimed.contracts import ConfigError, Finished, Record, Refused, Rejected
+from anytimed.contracts import ConfigError, Finished, Record, Refused, Rejected, StreamUnavailable
 from anytimed.testing.streams import digests
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.parquet import ParquetFiles
@@ -61,6 +62,11 @@ def reasons(items: list[Any]) -> list[str]:
     return [item.reason for item in items if isinstance(item, Rejected)]
 
 
+def of_ids(tokens: Any) -> str:
+    """The digest of a record of tokens."""
+    return hashlib.sha256(tokens.dtype.name.encode() + tokens.tobytes()).hexdigest()
+
+
 # --- the same record in every format ----------------------------------------------------------------------------------
 
 
@@ -72,7 +78,16 @@ def test_equal_texts_have_equal_digests_and_equal_tokens_too(tmp_path: Path) -> 
     of_tokens = [item for item in found.values() if isinstance(item, Record) and item.tokens is not None]
     assert of_text == {hashlib.sha256("same 🙂".encode()).hexdigest()}
     assert len({item.digest for item in of_tokens}) == 1 and len(of_tokens) == 2
-    assert of_tokens[0].digest == hashlib.sha256(of_tokens[0].tokens.astype("<i4").tobytes()).hexdigest()  # type: ignore[union-attr]
+    assert of_tokens[0].digest == of_ids(of_tokens[0].tokens)
+
+
+def test_equal_tokens_of_equal_width_are_equal_in_any_file(tmp_path: Path) -> None:
+    ids = np.array([5, 0, 70_000], "<i4")
+    np.save(tmp_path / "a.npy", ids)
+    parquet(tmp_path / "a.parquet", {"tokens": [ids.tolist()]})
+    column = PARQUET.stream(str(tmp_path), text_field="tokens")
+    found = [read_all(stream)[0] for stream in (NPY.stream(str(tmp_path), split_at=None), column)]
+    assert [item.digest for item in found if isinstance(item, Record)] == [of_ids(ids)] * 2
 
 
 # --- compression ------------------------------------------------------------------------------------------------------
@@ -199,15 +214,19 @@ def test_records_of_a_fixed_length_are_the_file_cut_up(tmp_path: Path) -> None:
     ids = np.random.default_rng(1).integers(0, 1 << 16, 10_007, dtype=np.uint16)
     ids.tofile(tmp_path / "a.bin")
     np.save(tmp_path / "a.npy", ids.astype("<i4"))
-    for name in ("a.bin", "a.npy"):
+    for name, dtype in (("a.bin", "uint16"), ("a.npy", "int32")):
         stream = TokenFiles(TokenFiles.Settings(url=str(tmp_path / name), record_tokens=1000, settle_s=0), "ids")
         *records, finished = read_all(stream)
         cut = [record.tokens for record in records if isinstance(record, Record) and record.tokens is not None]
         assert [tokens.size for tokens in cut] == [1000] * 10 + [7]
-        assert all(tokens.dtype == np.int32 for tokens in cut)
+        assert all(tokens.dtype == dtype and not tokens.flags.writeable for tokens in cut)
         assert np.array_equal(np.concatenate(cut), ids)
+        each = [of_ids(tokens) for tokens in cut]
+        assert [record.digest for record in records if isinstance(record, Record)] == each
+        content = (tmp_path / name).read_bytes()
+        header = content[: len(content) - sum(tokens.nbytes for tokens in cut)]
         assert isinstance(finished, Finished)
-        assert finished.digest == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert finished.digest == hashlib.sha256(header + b"".join(map(bytes.fromhex, each))).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -284,7 +303,7 @@ def _saved(array: Any, **options: Any) -> bytes:
         (_saved(np.zeros(1000, "<u2"))[:-500], "rx.", "expected 2128"),
         (_saved(np.zeros(1000, "<u2")) + b"more", "rx.", "expected 2128"),
         (_saved(np.array([1, -1], "<i4")), "x.", "below 0"),
-        (_saved(np.array([1, 1 << 31], "<u4")), "x.", "2**31"),
+        (_saved(np.array([1, 1 << 31], "<u4")), "r.", ""),
         (
             b"\x93NUMPY\x01\0\xff\xff{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999999,)}",
             "x.",
@@ -300,16 +319,77 @@ def test_an_npy_file_that_is_not_what_it_should_be(tmp_path: Path, content: byte
     assert told in "".join(reasons(items))
 
 
-def test_a_mapped_file_that_is_cut_while_it_is_read_is_refused_and_no_fault(tmp_path: Path) -> None:
+def test_ids_come_as_they_are_stored_and_larger_than_any_vocabulary(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, 1 << 31, (1 << 32) - 1], "<u4"))
+    record, _ = read_all(NPY.stream(str(tmp_path), split_at=None))
+    assert isinstance(record, Record) and record.tokens is not None
+    assert record.tokens.tolist() == [1, 1 << 31, (1 << 32) - 1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _saved(np.arange(3001, dtype="<u4"))[: 128 + 6002],  # a place in it is none in these tokens
+        _saved(np.arange(3001, dtype="<i4")),
+        _saved(np.arange(1, dtype="<u2")),
+        b"no header at all" * 1000,
+        _saved(np.zeros(9, np.float32)) + bytes(9000),
+    ],
+    ids=["other width", "longer", "shorter", "no header", "other type"],
+)
+def test_an_npy_file_that_is_another_one_at_a_resume_is_refused(tmp_path: Path, content: bytes) -> None:
+    np.save(tmp_path / "a.npy", np.arange(3001, dtype="<u2"))
+    stream = NPY.stream(str(tmp_path), split_at=None, record_tokens=1001)
+    places = [place for item, place in read_with_places(stream) if isinstance(item, Record)]
+    assert len(places) == 3
+    (tmp_path / "a.npy").write_bytes(content)
+    for place in places:
+        with pytest.raises(Refused, match="--fresh"):
+            next(iter(stream.read(place)))
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused_and_no_fault(tmp_path: Path) -> None:
     file = tmp_path / "a.bin"
     file.write_bytes(b"ab" * (6 << 20))
     stream = BIN.stream(str(tmp_path), split_at=None)
     stream.adopt(stream.discover())
     reading = stream.read(None)
-    next(reading)
+    first, _ = next(reading)
     os.truncate(file, 4096)
     with pytest.raises(Refused, match="expected at least"):
         list(reading)
+    assert first.tokens.tobytes() == b"ab" * 65_536, "what was given out stays what it was"
+
+
+def test_a_local_file_that_cannot_be_read_is_waited_for_and_nothing_of_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a handle nor a mapping, which an error of the disk would turn into a signal that ends the process."""
+    np.random.default_rng(4).integers(0, 50_000, 3_000_000, dtype=np.uint16).tofile(tmp_path / "held.bin")
+    stream = BIN.stream(str(tmp_path), split_at=None)
+    stream.adopt(stream.discover())
+    whole = list(stream.read(None))
+    assert len(whole) == 47
+    failures = [0, 1, 0, 1]
+    pread = os.pread
+
+    def failing(handle: int, size: int, offset: int) -> bytes:
+        if failures and failures.pop(0):
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(handle, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    taken: list[Any] = []
+    for _ in range(2):
+        reading = stream.read(taken[-1][1] if taken else None)
+        with pytest.raises(StreamUnavailable, match="Input/output error"):
+            while True:
+                taken.append(next(reading))
+    reading = stream.read(taken[-1][1])
+    taken.append(next(reading))
+    held = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [path for path in [*held, Path("/proc/self/maps").read_text()] if "held.bin" in path]
+    assert [*taken, *reading] == whole
 
 
 def test_compressed_files_of_tokens_are_not_taken_for_tokens(tmp_path: Path) -> None:

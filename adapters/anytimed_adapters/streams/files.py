@@ -20,7 +20,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 from fsspec.utils import glob_translate
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anytimed.contracts import Finished, Json, Record, Rejected
@@ -263,6 +265,13 @@ class FileStream(ABC):
 
 def sha256(content: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of_tokens(tokens: NDArray[np.integer[Any]]) -> str:
+    """Of a record of tokens: over the name of their type and their bytes. tokens: shape (n,), n > 0, in one piece."""
+    digest = hashlib.sha256(tokens.dtype.name.encode())
+    digest.update(tokens.data.cast("B"))
+    return digest.hexdigest()
 
 
 def torn(reason: str, digest: str) -> Rejected:

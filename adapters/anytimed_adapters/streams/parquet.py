@@ -24,7 +24,7 @@ from pydantic import Field
 
 from anytimed.contracts import Json, Record, Rejected
 from anytimed_adapters.streams.compression import Torn
-from anytimed_adapters.streams.files import AT_END, FileSettings, FileStream, Items, sha256, torn
+from anytimed_adapters.streams.files import AT_END, FileSettings, FileStream, Items, sha256, sha256_of_tokens, torn
 from anytimed_adapters.streams.spans import Span
 from anytimed_adapters.streams.store import FileStore
 
@@ -258,7 +258,7 @@ def _token_lists(array: Any, kind: Any) -> Iterator[Record | Rejected]:
             yield Rejected(told, sha256(taken.astype("<i8").tobytes()))
         else:
             tokens = taken.astype(np.int32)
-            yield Record("", sha256(tokens.data.cast("B")), tokens)
+            yield Record("", sha256_of_tokens(tokens), tokens)
 
 
 def _briefly(reason: Exception) -> str:

@@ -8,13 +8,11 @@ handle is held between two ranges. Every failure of a store comes out as one of 
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
@@ -101,12 +99,6 @@ class FileStore:
                 return _local_range(full, start, stop)
             chunk: bytes = self._fs.cat_file(full, start=start, end=stop)
             return chunk
-
-    def map(self, path: str) -> mmap.mmap:
-        """A local file in memory. Raises Vanished, StreamUnavailable."""
-        full = self.full(path)
-        with self._answering(full), Path(full).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def ranges(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes [start, stop) of a file, piece by piece. Raises StreamUnavailable, Refused where the file is

@@ -3,7 +3,12 @@
 A raw file may grow: its spans may begin and end inside a token, which belongs to the span with its last byte. An `.npy`
 file is what its header says, one row of tokens or rows that are records each; it is never unpickled and does not grow.
 
-Local files are mapped into memory and copied once, into the int32 of the records; others are read in ranges.
+Records carry the tokens as they are stored: views, nobody's to write to, of the block of bytes that was read, which
+lives as long as one of them. Files are read, not mapped (design/012). Each byte is hashed once. The digest of a record
+is SHA-256 over the name of its type ("uint16") and its bytes in little endian: equal tokens of equal width are equal in
+any file. The digest of a place and of a finished span is SHA-256 over what lies before: the bytes of the header, the
+digests of the records (32 bytes each), the bytes behind the last whole token. A file that cannot be read as tokens has
+the digest of its bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from mmap import mmap
 from tokenize import TokenError
 from typing import Any, Literal
 
@@ -23,11 +27,13 @@ from pydantic import Field
 
 from anytimed.contracts import Json, Record, Rejected
 from anytimed_adapters.streams.compression import Torn, compression
-from anytimed_adapters.streams.files import AT_END, Digest, FileSettings, FileStream, Items, sha256, torn
+from anytimed_adapters.streams.files import AT_END, Digest, FileSettings, FileStream, Items, torn
 from anytimed_adapters.streams.spans import Span
-from anytimed_adapters.streams.store import RANGE_BYTES, FileStore, Vanished
+from anytimed_adapters.streams.store import RANGE_BYTES, Vanished
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}
+_BLOCK_BYTES = 1 << 20
+"""What is read of a local file at once, unless a record is longer: still in the processor's cache when it is hashed."""
 _HEADER_BYTES = 8 << 10
 """The header is parsed as a Python literal; numpy takes up to 10,000 bytes for safe."""
 _BAD_HEADER = (ValueError, TypeError, LookupError, SyntaxError, TokenError, MemoryError, RecursionError)
@@ -50,63 +56,99 @@ class TokenFiles(FileStream):
     _settings: Settings
 
     def _items(self, index: int, at: Json | None) -> Items:
-        span = self._spans[index]
-        digest = hashlib.sha256()
+        span, chain = self._spans[index], hashlib.sha256()
         try:
-            source = _Source(self._store, span)
-            layout = self._layout(span, source)
-            offset = span.start
-            if at:
-                source.hash(digest, offset, at["offset"])
-                offset = at["offset"]
+            layout = self._layout(span)
+            self._hash(chain, span, layout, at["offset"] if at else layout.first)
         except Vanished:
             if at is None or at["offset"] < span.stop:
                 raise
             return str(at["digest"])  # read to its last byte before it was deleted: nothing is missing
         except Torn as reason:
-            whole = self._digest(index)
+            if at:
+                raise self._store.rewritten(span.path, "a file of tokens", f"{reason}") from None
+            whole = super()._digest(index)
             yield torn(f"{reason}", whole), {"entry": index, "offset": AT_END, "digest": whole}
             return whole
-        if at and digest.hexdigest() != at["digest"]:
-            told = f"bytes {span.start} to {offset} with digest {at['digest']}"
-            raise self._store.rewritten(span.path, told, digest.hexdigest())
-        if not at:
-            source.hash(digest, offset, min(layout.first, span.stop))  # a header
-            offset = layout.first  # before the span where it begins inside a token
-        for block, cuts in self._blocks(source, layout, offset):
-            raw, tokens = memoryview(block), np.frombuffer(block, layout.dtype)
-            width, done = layout.dtype.itemsize, 0
-            for cut in cuts:
-                source.check()
-                digest.update(raw[max(done * width, span.start - offset) : cut * width])
-                item = _record(tokens[done:cut])
-                done = cut
-                yield item, {"entry": index, "offset": offset + cut * width, "digest": digest.hexdigest()}
-            offset += done * width
-        source.hash(digest, max(offset, span.start), span.stop)
-        whole = digest.hexdigest()
+        if at and chain.hexdigest() != at["digest"]:
+            told = f"bytes {span.start} to {at['offset']} with digest {at['digest']}"
+            raise self._store.rewritten(span.path, told, chain.hexdigest())
+        signed = layout.dtype.kind == "i"
+        for tokens, digest, after in self._records(span, layout, at["offset"] if at else layout.first, layout.last):
+            chain.update(digest)
+            below = signed and tokens.min() < 0
+            item = Rejected("token ids below 0", digest.hex()) if below else Record("", digest.hex(), tokens)
+            yield item, {"entry": index, "offset": after, "digest": chain.hexdigest()}
+        self._hash_rest(chain, span, layout)
+        whole = chain.hexdigest()
         if layout.wrong:
             yield torn(layout.wrong, whole), {"entry": index, "offset": AT_END, "digest": whole}
         return whole
 
-    def _blocks(self, source: _Source, layout: _Layout, offset: int) -> Iterator[tuple[bytes | memoryview, list[int]]]:
-        """Bytes from `offset` (where a record begins) on, each with the ends of the records in it, in tokens; a block
-        begins where the last record ended."""
+    def _digest(self, index: int) -> str:
+        span, chain = self._spans[index], hashlib.sha256()
+        try:
+            layout = self._layout(span)
+        except Torn:
+            return super()._digest(index)
+        self._hash(chain, span, layout, layout.last)
+        self._hash_rest(chain, span, layout)
+        return chain.hexdigest()
+
+    def _hash(self, chain: Digest, span: Span, layout: _Layout, stop: int) -> None:
+        """Update `chain` with the header, if there is one, and the digests of the records that end by `stop`."""
+        for chunk in self._store.ranges(span.path, span.start, min(layout.first, span.stop)):
+            chain.update(chunk)
+        stop -= (stop - layout.first) % layout.dtype.itemsize  # off a token: the header is another one, and tells
+        for _, digest, _ in self._records(span, layout, layout.first, stop):
+            chain.update(digest)
+
+    def _hash_rest(self, chain: Digest, span: Span, layout: _Layout) -> None:
+        """Update `chain` with the bytes behind the last token."""
+        for chunk in self._store.ranges(span.path, max(layout.last, span.start), span.stop):
+            chain.update(chunk)
+
+    def _records(
+        self, span: Span, layout: _Layout, offset: int, stop: int
+    ) -> Iterator[tuple[NDArray[np.integer[Any]], bytes, int]]:
+        """The records from byte `offset`, where one begins, to `stop`: tokens, digest, and the offset after them."""
+        named, width = hashlib.sha256(layout.dtype.name.encode()), layout.dtype.itemsize
+        for block, tokens, cuts in self._blocks(span, layout, offset, stop):
+            content, done = memoryview(block), 0
+            for cut in cuts:
+                hashed = named.copy()
+                hashed.update(content[done * width : cut * width])
+                yield tokens[done:cut], hashed.digest(), offset + cut * width
+                done = cut
+            offset += done * width
+
+    def _blocks(
+        self, span: Span, layout: _Layout, offset: int, stop: int
+    ) -> Iterator[tuple[bytes, NDArray[np.integer[Any]], list[int]]]:
+        """Bytes from `offset`, where a record begins, to `stop`, their tokens, and the ends of the records among these;
+        a block begins where the last record ended."""
         width, most = layout.dtype.itemsize, self._settings.record_tokens
-        step = max(RANGE_BYTES // width, most) * width
-        while offset < layout.last:
-            block = source.read(offset, min(offset + step, layout.last))
-            count = len(block) // width
-            ends = self._natural_ends(np.frombuffer(block, layout.dtype), layout, (offset - layout.first) // width)
-            cuts, at = [], 0
-            for end in ends:
-                cuts += [*range(at + most, end, most), end]
-                at = end
-            cuts += range(at + most, count + 1, most)
-            if offset + len(block) == layout.last and (not cuts or cuts[-1] < count):
-                cuts.append(count)
-            yield block, cuts
+        step = max((_BLOCK_BYTES if self._store.is_local else RANGE_BYTES) // width, most) * width
+        while offset < stop:
+            end = min(offset + step, stop)
+            block = self._read(span, offset, end)
+            tokens = np.frombuffer(block, layout.dtype)
+            cuts: list[int] = []
+            at = 0
+            for natural in self._natural_ends(tokens, layout, (offset - layout.first) // width):
+                if natural - at > most:
+                    cuts += range(at + most, natural, most)
+                cuts.append(natural)
+                at = natural
+            cuts += range(at + most, len(tokens) + 1, most)
+            if end == stop and (not cuts or cuts[-1] < len(tokens)):
+                cuts.append(len(tokens))
+            yield block, tokens, cuts
             offset += cuts[-1] * width
+
+    def _read(self, span: Span, start: int, stop: int) -> bytes:
+        """All of the bytes [start, stop). Raises Refused where the file is shorter."""
+        return b"".join(self._store.ranges(span.path, start, stop))
 
     def _natural_ends(self, tokens: NDArray[Any], layout: _Layout, before: int) -> list[int]:
         """Where documents or rows end among the tokens. before: how many tokens of the file precede them."""
@@ -117,11 +159,11 @@ class TokenFiles(FileStream):
         ends: list[int] = (np.flatnonzero(tokens == self._settings.split_at) + 1).tolist()
         return ends
 
-    def _layout(self, span: Span, source: _Source) -> _Layout:
+    def _layout(self, span: Span) -> _Layout:
         if compression(span.path):
             raise Torn("files of tokens are not read compressed")
         if span.path.lower().endswith(".npy"):
-            return _npy_layout(bytes(source.read(0, min(_HEADER_BYTES, span.stop))), span.stop)
+            return _npy_layout(self._read(span, 0, min(_HEADER_BYTES, span.stop)), span.stop)
         dtype = _DTYPES[self._settings.dtype]
         return _Layout(dtype, span.start - span.start % dtype.itemsize, span.stop - span.stop % dtype.itemsize)
 
@@ -146,32 +188,6 @@ class _Layout:
     wrong: str = ""
 
 
-class _Source:
-    """Bytes of a span's file: of a mapping where it is local."""
-
-    def __init__(self, store: FileStore, span: Span) -> None:
-        self._store, self._span = store, span
-        self._mapped: mmap | None = store.map(span.path) if store.is_local else None
-
-    def read(self, start: int, stop: int) -> bytes | memoryview:
-        """All of the bytes [start, stop). Raises Refused where the file is shorter."""
-        if self._mapped is None:
-            return b"".join(self._store.ranges(self._span.path, start, stop))
-        self.check()
-        return memoryview(self._mapped)[start:stop]
-
-    def check(self) -> None:
-        """Raise Refused where the file is shorter than the span: touching a mapping beyond the end of its file would
-        end the process. To be called again whenever others had their turn."""
-        if self._mapped is not None and (size := min(self._mapped.size(), len(self._mapped))) < self._span.stop:
-            raise self._store.rewritten(self._span.path, f"at least {self._span.stop} bytes", f"{size} bytes")
-
-    def hash(self, digest: Digest, start: int, stop: int) -> None:
-        while start < stop:
-            digest.update(self.read(start, min(start + RANGE_BYTES, stop)))
-            start += RANGE_BYTES
-
-
 def _npy_layout(head: bytes, size: int) -> _Layout:
     """Raises Torn where the file is not one of tokens."""
     file = io.BytesIO(head)
@@ -191,12 +207,3 @@ def _npy_layout(head: bytes, size: int) -> _Layout:
     wrong = "" if first + count * width == size else f"{size} bytes, expected {first + count * width}"
     last = min(first + count * width, size - (size - first) % width)
     return _Layout(dtype, first, last, shape[1] if len(shape) == 2 else 0, wrong)
-
-
-def _record(raw: NDArray[Any]) -> Record | Rejected:
-    """The tokens as int32 of their own."""
-    tokens = raw.astype(np.int32)
-    digest = sha256(tokens.data.cast("B"))
-    if raw.itemsize == 4 and tokens.size and tokens.min() < 0:
-        return Rejected("token ids below 0 or of 2**31 and above", digest)
-    return Record("", digest, tokens)
