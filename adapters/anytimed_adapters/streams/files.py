@@ -183,6 +183,17 @@ class FileStream(ABC):
         into = max(0, int(place["offset"]) - self._spans[index].start)
         return self._ends[-1] - self._ends[index] - into
 
+    def describe(self, place: Json | None) -> str:
+        """The file that is read next, and the byte."""
+        index, offset = (place["entry"], place["offset"]) if place else (0, 0)
+        if index < len(self._spans) and offset >= self._spans[index].stop:
+            index, offset = index + 1, 0
+        if index >= len(self._spans):
+            return ""
+        span = self._spans[index]
+        at = f"entry {index + 1:,} of {len(self._spans):,}"
+        return f"{self._told(span.path)} at byte {max(offset, span.start):,} ({at})"
+
     # --- what a format says -------------------------------------------------------------------------------------------
 
     @abstractmethod

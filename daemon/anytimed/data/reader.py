@@ -16,6 +16,18 @@ from anytimed.data.cursor import Interrupted
 from anytimed.data.pipeline import Dry, Pipeline
 
 
+def read_one(pipeline: Pipeline) -> Batch | Dry:
+    """One batch. Dry only if a poll has found nothing and nothing could be done about it, or none can be made."""
+    polled = False
+    while isinstance(outcome := pipeline.next_batch(), Dry):
+        if polled and pipeline.stands:
+            break
+        polled = True
+        if not pipeline.poll() and not pipeline.stands:
+            break
+    return outcome
+
+
 class Reader:
     """A restored pipeline and its thread. `depth`: the most batches kept ready (>= 1)."""
 
@@ -90,24 +102,13 @@ class Reader:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._offer(self._read())
+                self._offer(read_one(self._pipeline))
         except Interrupted:
             self._pipeline.close()
         except BaseException as failure:  # noqa: BLE001 - not handled here: it is raised again in `get`
             with self._changed:
                 self._failure = failure
                 self._changed.notify_all()
-
-    def _read(self) -> Batch | Dry:
-        """One batch. Dry only if a poll has found nothing and nothing could be done about it, or none can be made."""
-        polled = False
-        while isinstance(outcome := self._pipeline.next_batch(), Dry):
-            if polled and self._pipeline.stands:
-                break
-            polled = True
-            if not self._pipeline.poll() and not self._pipeline.stands:
-                break
-        return outcome
 
     def _wait_for_work(self) -> bool:
         """Sleep while the queue is full or the stream dry, serving polls and acknowledgements; False once closed."""

@@ -50,6 +50,7 @@ from anytimed.service.assembly import (
 from anytimed.service.decisions import Decisions
 from anytimed.service.origin import START_S, Sources
 from anytimed.service.quarantine import Quarantine
+from anytimed.service.run_on_disk import HOLDOUT_TENSOR
 from anytimed.storage.commit import STATE
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.exports import ExportContent, Publisher, Spool
@@ -65,7 +66,6 @@ from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
 
-HOLDOUT_TENSOR = "holdout.tokens"
 WORLD_SIZE = 1
 
 
