@@ -155,10 +155,12 @@ def sample_lines(
 ) -> Iterator[RenderableType]:
     """Samples, each cut at SAMPLE_LINES lines of the console."""
     grid = _grid()
-    grid.add_row("after", f"the commit of {_commit(head.commit, now)}" if head.commit else "nothing: no commit yet")
+    grid.add_row(
+        "after", f"the commit of {_commit(head.commit, now)}" if head.commit else "the beginning: no commit yet"
+    )
     if head.daemon is not None:
-        told_step = f"step {head.daemon['step']:,} by now (pid {head.daemon['pid']})"
-        grid.add_row("daemon", f"running, at {told_step}: the first of these are in its past")
+        where = f"at step {head.daemon['step']:,} by now (pid {head.daemon['pid']})"
+        grid.add_row("daemon", f"running, {where}: what it has trained on since the commit is among these")
     if head.mask_documents:
         grid.add_row("documents", f"a token attends to its own only; each ends with {END}")
     yield grid
