@@ -231,7 +231,7 @@ def test_a_commit_says_what_was_read_and_the_source_what_comes_next(tmp_path: Pa
         row = found.rows[name]
         told = {key: getattr(row, key) for key in ("records", "held_out", "rejected", "tokens", "place", "turn")}
         assert told == {key: at[key] for key in told}
-        assert row.records > 0
+        assert row.records + row.held_out > 0
     main = found.rows["main"]
     assert (main.entries, main.new_entries) == (30, 2)
     read = state["position"]["sources"]["main"]["records"] + state["position"]["sources"]["main"]["held_out"]
@@ -288,7 +288,7 @@ def test_rewritten_data_says_so(tmp_path: Path) -> None:
     told = said(config)
     assert "refused:" in told
     assert "doc0000.txt changed after it was taken into the run" in told
-    with pytest.raises(Refused, match="rewritten|changed"):
+    with pytest.raises(Refused, match="changed after it was taken into the run"):
         said(config, peek=1)
 
 

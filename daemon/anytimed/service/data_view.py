@@ -91,6 +91,7 @@ def _notes(report: DataReport) -> Table:
     grid = _grid()
     for name, row in report.rows.items():
         for number, (style, line) in enumerate(_about(row)):
+            line = line.replace(f"source {name!r}: ", "", 1)  # whose line it is stands beside it
             grid.add_row(Text("" if number else name), Text(told(line), style=style))
     return grid
 
@@ -113,7 +114,7 @@ def _about(row: SourceRow) -> Iterator[tuple[str, str]]:
         wanted = f"its share is {_percent(row.wanted)}" if row.wanted is not None else "it takes no part"
         yield "", f"by the configuration, not in force yet, {wanted}"
     if row.next is not None:
-        yield "", f"next: {row.next}" if row.next else "next: nothing, every adopted entry has been read"
+        yield "", f"next: {row.next or _nothing(row)}"
     if row.new_entries:
         more = f", {_lag(row.new_lag, row)}," if row.new_lag else ""
         yield "", f"{_many(row.new_entries, 'new entry', 'new entries')}{more} not adopted yet"
@@ -126,6 +127,11 @@ def _about(row: SourceRow) -> Iterator[tuple[str, str]]:
     if row.quarantined:
         records = _many(row.quarantined, "record", "records")
         yield "", f"{records} in quarantine, the last one: {row.quarantine_reason}"
+
+
+def _nothing(row: SourceRow) -> str:
+    known = row.entries + (row.new_entries or 0)
+    return "nothing, every adopted entry has been read" if known else "nothing, no entry was found yet"
 
 
 def _when_dry(row: SourceRow) -> str:
