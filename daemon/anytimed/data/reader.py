@@ -102,13 +102,16 @@ class Reader:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._offer(read_one(self._pipeline))
+                self._offer(self._read())
         except Interrupted:
             self._pipeline.close()
         except BaseException as failure:  # noqa: BLE001 - not handled here: it is raised again in `get`
             with self._changed:
                 self._failure = failure
                 self._changed.notify_all()
+
+    def _read(self) -> Batch | Dry:
+        return read_one(self._pipeline)
 
     def _wait_for_work(self) -> bool:
         """Sleep while the queue is full or the stream dry, serving polls and acknowledgements; False once closed."""
