@@ -172,6 +172,22 @@ def test_a_batch_that_the_guard_jumped_over_is_not_shown(tmp_path: Path) -> None
     assert [i.batch for i in items[2:] if isinstance(i, Sample)] == [11] * 4 + [12]
 
 
+def test_a_commit_that_the_training_went_back_from_is_not_where_it_goes_on(tmp_path: Path) -> None:
+    config = mixed(tmp_path)
+    tiny.run("run", config, "--steps", "21")
+    seqs = sorted(int(path.name.partition("-")[0]) for path in (tmp_path / "run" / "commits").iterdir())
+    span = {"first_batch": 100, "last_batch": 101, "to_seq": seqs[0], "newest_seq": seqs[-1]}
+    journal = Journal(tmp_path / "run" / "journal.jsonl")
+    journal.append("training", {"kind": "rollback", "step": 21, "why": "a test", **span})
+    journal.close()
+    run = read_run(tmp_path / "run")
+    assert run.commit is not None
+    assert run.commit.manifest.seq == seqs[0] < seqs[-1]
+    first = next(iter(peek(parts_of(load(config)), run, 1)))
+    assert isinstance(first, Sample)
+    assert first.batch == run.state["position"]["batches"] + 1
+
+
 def test_samples_on_a_terminal_are_short_and_cannot_steer_it(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     evil = "a\x1b[2J\x07b\u202ec\r\nd\te\u200bf\x9b31m [bold]markup[/bold] [/nothing] \ud7ff 漢字"

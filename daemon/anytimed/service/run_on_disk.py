@@ -2,7 +2,7 @@
 
 `read_run` takes the newest commit by (term, seq) and then the journal, so that the journal holds all that the commit
 needs. Of the commit only what is asked for is compared with its digests: reading gigabytes of weights is for `anytimed
-verify`. A commit that a daemon retires meanwhile is no damage: then there is a newer one, and it is looked for again.
+verify`. Commits that the guard has gone back from are passed over. A commit that a daemon retires meanwhile is no damage: then there is a newer one, and it is looked for again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from anytimed.contracts import AnytimedError, CorruptError, Holdout, Json, Position, SourcePosition, Tokens
+from anytimed.service.decisions import SCOPE as DECISIONS
 from anytimed.storage.commit import NAME, STATE, Commit, Damaged, read_commit
 from anytimed.storage.durable import digest_of
 from anytimed.storage.journal_copy import JournalCopy
@@ -85,26 +86,27 @@ def read_run(path: Path) -> RunOnDisk:
     where its journal is, AnytimedError where this process cannot read."""
     directory = RunDirectory(path)
     for left in reversed(range(_ATTEMPTS)):
-        commit = _newest(directory)
+        found = _commits(directory)
+        journal = JournalCopy(directory.journal)
+        commit = next((commit for commit in found if not _undone(journal, commit.manifest.seq)), None)
         if commit is None:
-            return RunOnDisk(directory, None, {}, np.zeros(0, np.int32), JournalCopy(directory.journal))
+            return RunOnDisk(directory, None, {}, np.zeros(0, np.int32), journal)
         try:
             _require(commit, STATE)
-            state, held = commit.state, _held(commit)
+            return RunOnDisk(directory, commit, commit.state, _held(commit), journal)
         except (CorruptError, OSError) as error:
             if left and not commit.path.is_dir():
                 continue
             raise _named(error) from error
-        return RunOnDisk(directory, commit, state, held, JournalCopy(directory.journal))
     raise AssertionError
 
 
-def _newest(directory: RunDirectory) -> Commit | None:
-    """By (term, seq). Raises Damaged where a newer one cannot be read; NewerFormat."""
+def _commits(directory: RunDirectory) -> list[Commit]:
+    """Newest first, by (term, seq). Raises CorruptError where one newer than all others cannot be read; NewerFormat."""
     try:
         paths = sorted((p for p in directory.commits.iterdir() if NAME.fullmatch(p.name)), reverse=True)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return []
     found: list[Commit] = []
     for path in paths:
         try:
@@ -112,7 +114,13 @@ def _newest(directory: RunDirectory) -> Commit | None:
         except Damaged as error:
             if path.is_dir() and not found:
                 raise _named(error) from error
-    return max(found, key=lambda commit: commit.manifest.order, default=None)
+    return sorted(found, key=lambda commit: commit.manifest.order, reverse=True)
+
+
+def _undone(journal: JournalCopy, seq: int) -> bool:
+    """Whether the training went back from commit number `seq` to an older one; the next start moves it away."""
+    rollbacks = [entry for entry in journal.entries(DECISIONS) if entry["kind"] == "rollback"]
+    return any(entry["to_seq"] < seq <= entry["newest_seq"] for entry in rollbacks)
 
 
 def _require(commit: Commit, name: str) -> None:
