@@ -223,7 +223,7 @@ def test_without_a_run_the_sources_stand_at_their_beginning_and_nothing_is_made(
     told = tiny.run("data", config)
     assert content(tmp_path) == before
     assert "none yet" in told
-    assert "doc0000.txt at byte 0 (entry 1 of 30)" in told
+    assert "doc0000.txt (entry 1 of 30)" in told
     assert "30 new entries" in told
     _, found = seen(config)
     sizes = {name: [p.stat().st_size for p in (tmp_path / name).iterdir()] for name in ("data", "more", "third")}
@@ -253,7 +253,7 @@ def test_a_commit_says_what_was_read_and_the_source_what_comes_next(tmp_path: Pa
     read = state["position"]["sources"]["main"]["records"] + state["position"]["sources"]["main"]["held_out"]
     files = sorted((tmp_path / "data").glob("doc*"))
     assert main.lag == sum(path.stat().st_size for path in files[read:])
-    assert main.next == f"{files[read].name} at byte 0 (entry {read + 1} of 32)"
+    assert main.next == f"{files[read].name} (entry {read + 1} of 32)"
     assert json.loads(said(config, as_json=True))["sources"]["main"]["lag"] == main.lag
     assert f"of the commit, at the beginning of its block {found.commit['block']}" in said(config)
 
@@ -287,7 +287,7 @@ def test_a_source_that_does_not_answer_says_so_in_its_row(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "more")
     told = said(config)
     assert "does not answer:" in told
-    assert "doc0000.txt at byte 0" in told
+    assert "doc0000.txt (entry" in told
     _, found = seen(config)
     assert found.rows["more"].unavailable is not None
     assert found.rows["main"].unavailable is None
@@ -396,8 +396,8 @@ def test_files_tell_where_a_place_is(tmp_path: Path) -> None:
     for item, after in stream.read(None):
         if not isinstance(item, Finished):
             name, number = item.text.split()  # type: ignore[union-attr]
-            size = len(json.dumps({"text": "a 0"})) + 1
-            at = f"{name}.jsonl at byte {int(number) * size} (entry {'abc'.index(name) + 1} of 3)"
-            assert stream.describe(place) == at
+            line, whole = len(json.dumps({"text": "a 0"})) + 1, {"a": 3, "b": 1, "c": 2}[name]
+            rest = f", its last {(whole - int(number)) * line} of {whole * line} bytes" if int(number) else ""
+            assert stream.describe(place) == f"{name}.jsonl{rest} (entry {'abc'.index(name) + 1} of 3)"
         place = after
     assert stream.describe(place) == ""

@@ -184,15 +184,17 @@ class FileStream(ABC):
         return self._ends[-1] - self._ends[index] - into
 
     def describe(self, place: Json | None) -> str:
-        """The file that is read next, and the byte."""
-        index, offset = (place["entry"], place["offset"]) if place else (0, 0)
-        if index < len(self._spans) and offset >= self._spans[index].stop:
-            index, offset = index + 1, 0
+        """The file that is read next, and how much of it is left, as far as a format knows that."""
+        index, begun = (place["entry"], bool(place["digest"])) if place else (0, False)
+        left = self.lag(place) - self.lag({"entry": index + 1, "offset": 0, "digest": ""})
+        if begun and not left:
+            index, begun = index + 1, False
         if index >= len(self._spans):
             return ""
-        span = self._spans[index]
-        at = f"entry {index + 1:,} of {len(self._spans):,}"
-        return f"{self._told(span.path)} at byte {max(offset, span.start):,} ({at})"
+        span, at = self._spans[index], f"entry {index + 1:,} of {len(self._spans):,}"
+        size = span.stop - span.start
+        rest = "" if not begun else f", its last {left:,} of {size:,} bytes" if left < size else ", begun"
+        return f"{span.path}{rest} ({at})"
 
     # --- what a format says -------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """A run as it lies on the disk, for who only looks: no lock, no write, whether or not a daemon owns it.
 
-`read_run` takes the newest commit by (term, seq) and then the journal, so that the journal holds all that the commit
-needs. Of the commit only what is asked for is compared with its digests: reading gigabytes of weights is for `anytimed
-verify`. Commits that the guard has gone back from are passed over. A commit that a daemon retires meanwhile is no damage: then there is a newer one, and it is looked for again.
+`read_run` takes the newest commit by (term, seq) that the training did not go back from, and then the journal, so that
+the journal holds all that the commit needs. Of the commit only what is asked for is compared with its digests: reading
+gigabytes of weights is for `anytimed verify`. A commit that a daemon retires meanwhile is no damage: then there is a
+newer one, and it is looked for again.
 """
 
 from __future__ import annotations
