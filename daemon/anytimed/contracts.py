@@ -426,6 +426,15 @@ class KeepsFiles(Protocol):
         """Called once, before anything else, with a folder that is the source's own; it need not exist yet."""
 
 
+@runtime_checkable
+class Describing(Protocol):
+    """A stream that can tell a person where a place is."""
+
+    def describe(self, place: Json | None) -> str:
+        """What is read next after `place` (None: at the beginning), in a line: a file and a byte, a partition and an
+        offset, without credentials; "" where every adopted entry has been read."""
+
+
 class Tokenizer(Protocol):
     vocab_size: int
     end_token: int

@@ -172,6 +172,19 @@ class FileStream(ABC):
             return 0
         return self._spans.bytes_from(index) - (self._bytes_read(index, place) if place["digest"] else 0)
 
+    def describe(self, place: Json | None) -> str:
+        """The file that is read next, and how much of it is left, as far as a format knows that."""
+        index, begun = (place["entry"], bool(place["digest"])) if place else (0, False)
+        left = self.lag(place) - self.lag({"entry": index + 1, "offset": 0, "digest": ""})
+        if begun and not left:
+            index, begun = index + 1, False
+        if index >= len(self._spans):
+            return ""
+        span, at = self._spans[index], f"entry {index + 1:,} of {len(self._spans):,}"
+        size = span.stop - span.start
+        rest = "" if not begun else f", its last {left:,} of {size:,} bytes" if left < size else ", begun"
+        return f"{span.path}{rest} ({at})"
+
     # --- what a format says -------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -261,6 +261,7 @@ class Pipeline:
                 "held_out": at.held_out,
                 "rejected": at.rejected,
                 "tokens": at.tokens,
+                "place": at.place,
                 "share": self._sources.mixture.share(name),
                 "when_dry": rule.when_dry,
                 "turn": at.turn,

@@ -16,6 +16,18 @@ from anytimed.data.cursor import Interrupted
 from anytimed.data.pipeline import Dry, Pipeline
 
 
+def read_one(pipeline: Pipeline) -> Batch | Dry:
+    """One batch. Dry only if a poll has found nothing and nothing could be done about it, or none can be made."""
+    polled = False
+    while isinstance(outcome := pipeline.next_batch(), Dry):
+        if polled and pipeline.stands:
+            break
+        polled = True
+        if not pipeline.poll() and not pipeline.stands:
+            break
+    return outcome
+
+
 class Reader:
     """A restored pipeline and its thread. `depth`: the most batches kept ready (>= 1)."""
 
@@ -105,15 +117,7 @@ class Reader:
                 self._changed.notify_all()
 
     def _read(self) -> Batch | Dry:
-        """One batch. Dry only if a poll has found nothing and nothing could be done about it, or none can be made."""
-        polled = False
-        while isinstance(outcome := self._pipeline.next_batch(), Dry):
-            if polled and self._pipeline.stands:
-                break
-            polled = True
-            if not self._pipeline.poll() and not self._pipeline.stands:
-                break
-        return outcome
+        return read_one(self._pipeline)
 
     def _made(self) -> Batch:
         batch = self._pipeline.next_batch()

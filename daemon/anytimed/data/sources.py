@@ -144,13 +144,8 @@ class Sources:
         rejected = tally.at.rejected + tally.rejected
         if rejected <= rule.rejected_records:
             return None
-        total = rejected + tally.at.records + tally.records + tally.at.held_out + tally.held_out
-        if rejected <= rule.rejected_fraction * total:
-            return None
-        return (
-            f"{rejected} of {total} records could not be read, more than rejected_records = {rule.rejected_records} "
-            f"and rejected_fraction = {rule.rejected_fraction:g} allow; look at them in quarantine/records, raise the "
-            "limits, or take the source out, and reload"
+        return beyond_budget(
+            rule, rejected, rejected + tally.at.records + tally.records + tally.at.held_out + tally.held_out
         )
 
     def may_be_left_out(self, name: str) -> bool:
@@ -189,6 +184,17 @@ class Sources:
                 self._tallies[name].at = replace(self._tallies[name].at, dry=False)
             out = frozenset()
         self.mixture.leave_out(out)
+
+
+def beyond_budget(rule: SourceRule, rejected: int, total: int) -> str | None:
+    """Why a source is not read any further after `rejected` of `total` records could not be read; None if it is."""
+    if rejected <= rule.rejected_records or rejected <= rule.rejected_fraction * total:
+        return None
+    return (
+        f"{rejected} of {total} records could not be read, more than rejected_records = {rule.rejected_records} "
+        f"and rejected_fraction = {rule.rejected_fraction:g} allow; look at them in quarantine/records, raise the "
+        "limits, or take the source out, and reload"
+    )
 
 
 def require_same_reads(rules: Mapping[str, SourceRule], positions: Mapping[str, SourcePosition]) -> None:

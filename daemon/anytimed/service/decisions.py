@@ -10,8 +10,7 @@ import json
 import logging
 from collections.abc import Iterator
 
-from anytimed.contracts import Json
-from anytimed.storage.journal import Journal
+from anytimed.contracts import Journal, Json
 
 log = logging.getLogger("anytimed")
 

@@ -56,5 +56,19 @@ class Quarantine:
         return _key(told) in self._seen[source]
 
 
+def noted(folder: Path, source: str) -> tuple[int, str | None]:
+    """How many records of a source are noted in the folder, and why the last one could not be read; None for none.
+    Raises OSError."""
+    try:
+        lines = (folder / f"{source}.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return 0, None
+    reasons = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a power cut has torn
+            reasons.append(str(json.loads(line)["reason"]))
+    return len(reasons), reasons[-1] if reasons else None
+
+
 def _key(told: Json) -> str:
     return json.dumps(told["place"], sort_keys=True)

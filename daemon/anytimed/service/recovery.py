@@ -51,6 +51,7 @@ from anytimed.service.decisions import Decisions
 from anytimed.service.failures import Failures
 from anytimed.service.origin import START_S, Origin, Sources
 from anytimed.service.quarantine import Quarantine
+from anytimed.service.run_on_disk import HOLDOUT_TENSOR
 from anytimed.storage.commit import STATE
 from anytimed.storage.commits import Commit, Commits
 from anytimed.storage.exports import ExportContent, Publisher, Spool
@@ -66,7 +67,6 @@ from anytimed.urls import without_credentials
 
 log = logging.getLogger("anytimed")
 
-HOLDOUT_TENSOR = "holdout.tokens"
 WORLD_SIZE = 1
 
 
