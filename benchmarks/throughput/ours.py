@@ -4,7 +4,6 @@ daemon's reader; with every batch its position as JSON, which is what a commit w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def ours(corpus: Path, kind: str, setting: object, scratch: Path) -> Iterator[An
     try:
         while not isinstance(batch := reader.get(600.0), Dry):
             assert isinstance(batch, Batch), "the reader gave nothing for ten minutes"
-            json.dumps(batch.position.to_json())
+            batch.position.to_json()
             yield batch.tokens
     finally:
         reader.close()

@@ -134,7 +134,7 @@ def test_a_run_that_goes_well(tmp_path: Path) -> None:
         # Signed anew, under another password: it resumes, for neither is part of what a commit binds a run to.
         path.write_text(path.read_text().replace(SIGNATURE, "anothersignature").replace(PASSWORD, "another"))
         say("run", path, "--steps", str(step + 3))
-    assert state["shape"]["sources"]["web"]["url"].endswith("/honest/data.txt")
+    assert state["position"]["mixture"]["web"]["reads"]["url"].endswith("/honest/data.txt")
     card = (tmp_path / "model" / "current" / "README.md").read_text()
     assert "honest/data.txt" in card, "the source is named, without what gives access to it"
     assert_unwritten(tmp_path)
