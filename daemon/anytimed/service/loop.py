@@ -22,6 +22,7 @@ from anytimed.service.board import Board
 from anytimed.service.console import View
 from anytimed.service.control import Control
 from anytimed.service.gatekeeper import Gatekeeper
+from anytimed.service.inboxes import Inboxes
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session, Trained
@@ -75,7 +76,8 @@ class Daemon:
         state = session.commit.state["steering"] if session.commit is not None else None
         self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
-        self._control = Control(session.run.control_socket, mailbox, self.status)
+        self._inboxes = Inboxes(lambda: self._config, mailbox.post)
+        self._control = Control(session.run.control_socket, mailbox, self.status, self._inboxes)
 
     def status(self) -> Json:
         """The last status told, as JSON; any thread may ask."""
@@ -150,6 +152,7 @@ class Daemon:
         """Commit first, then upload what waits, until the deadline or a second signal."""
         self._systemd.notify("STOPPING=1")
         self._systemd.extend(LAST_COMMIT_S + self._config.exports.drain_s)
+        self._inboxes.close()
         self._reader.close()
         self._final_commit()
         deadline = time.monotonic() + self._config.exports.drain_s
@@ -326,6 +329,7 @@ class Daemon:
     def _close(self) -> None:
         """End the threads; what ends the run must not wait for any of them for long."""
         self._timetable.close()
+        self._inboxes.close()
         self._reader.close()
         self._saving.close()
         self._outbox.close()
