@@ -136,6 +136,10 @@ class Feeder:
             else:
                 if status == 200:
                     break
+                if status == 413 and len(lines) > 1:  # the inbox takes shorter ones only
+                    for part in (lines[: len(lines) // 2], lines[len(lines) // 2 :]):
+                        self.send(part)
+                    return
                 told = str(answer.get("error", f"the daemon answered {status}"))
                 if again_s is None or (status != 429 and time.monotonic() > give_up):
                     raise _declined(status, told, answer, lines)
