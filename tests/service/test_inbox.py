@@ -20,15 +20,20 @@ from typing import Any
 
 import pytest
 
+from anytimed import registry
+from anytimed.config import load
 from anytimed.contracts import Json
 from anytimed.data import inbox_lines, inbox_log
 from anytimed.data.inbox import Inbox
 from anytimed.data.inbox_log import InboxLog
 from anytimed.service import intake as intake_module
-from anytimed.service.control import UnixConnection
+from anytimed.service import records as records_module
+from anytimed.service.control import Control, UnixConnection
 from anytimed.service.feeding import Feeder, Line
+from anytimed.service.inboxes import Inboxes
 from anytimed.service.intake import Intake
 from anytimed.service.offer import Declined, Offer, json_lines, plain
+from anytimed.service.requests import Mailbox
 from anytimed.storage import durable
 from tests import tiny
 from tests.service.test_daemon import running, status, until
@@ -362,6 +367,80 @@ def test_many_at_once_are_each_taken(folder: Path) -> None:
     for i in range(16):
         for k in range(25):
             assert data.count(b"crowd %d-%d end" % (i, k)) == 1
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, Inboxes]]:
+    """The socket and an inbox in this process, without a daemon around them."""
+    registry.allow([INBOX])
+    config = load(tiny.config(tmp_path, **{"sources.mine": {"type": INBOX}}))
+    (tmp_path / "run").mkdir()
+    mailbox = Mailbox()
+    inboxes = Inboxes(lambda: config, mailbox.post)
+    control = Control(tmp_path / "run" / "control.sock", mailbox, dict, inboxes)
+    control.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not _answers(tmp_path):
+            assert time.monotonic() < deadline
+        yield tmp_path, inboxes
+    finally:
+        inboxes.close()
+        control.close()
+
+
+def _answers(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return post(folder, b"", "/records", kind=None)[0] == 415
+    time.sleep(0.02)
+    return False
+
+
+def slow_body(folder: Path, sent: bytes, announced: int) -> socket.socket:
+    client = UnixConnection(folder / "run" / "control.sock", 30)
+    client.connect()
+    connection: socket.socket = client.sock
+    head = b"POST /records HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n"
+    connection.sendall(head % announced + sent)
+    return connection
+
+
+def test_a_body_that_never_comes_is_given_up(served: tuple[Path, Inboxes], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = served
+    monkeypatch.setattr(records_module, "BODY_S", 0.2)
+    with slow_body(folder, b"a", 2) as connection:
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408") and b"nothing was taken" in answer
+    assert not (folder / "run" / "streams").exists() or kept(folder) == []
+
+
+def test_bodies_that_arrive_slowly_are_held_up_to_a_bound(
+    served: tuple[Path, Inboxes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = served
+    monkeypatch.setattr(records_module, "HELD_BYTES", 10_000)
+    with slow_body(folder, b"x" * 6000, 6001) as slow:
+        codes: list[int] = []
+        deadline = time.monotonic() + 30
+        while 429 not in codes:
+            assert time.monotonic() < deadline
+            code, answer, headers = post(folder, b"y" * 6000, "/records", "text/plain")
+            codes.append(code)
+        assert "too many requests" in answer["error"] and headers["Retry-After"] == "1"
+        slow.sendall(b"x")
+        assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+    assert post(folder, b"y" * 6000, "/records", "text/plain")[0] == 200, "what was held is let go"
+    assert kept(folder)[-2:] == ["x" * 6001, "y" * 6000]
+
+
+def test_a_daemon_that_stops_takes_nothing_more(served: tuple[Path, Inboxes]) -> None:
+    folder, inboxes = served
+    assert post(folder, b"before", "/records", "text/plain")[0] == 200
+    inboxes.close()
+    code, answer, headers = post(folder, b"after", "/records", "text/plain")
+    assert (code, headers["Retry-After"]) == (503, "5")
+    assert "stopping" in answer["error"]
+    assert kept(folder) == ["before"]
 
 
 # --- anytimed feed ----------------------------------------------------------------------------------------------------
