@@ -488,18 +488,19 @@ def test_a_mistake_in_a_file_is_named_by_file_and_line(folder: Path, tmp_path: P
     assert "c.txt: not UTF-8" in tiny.run("feed", folder / "run", tmp_path / "c.txt", "--source", "mine", expect=1)
 
 
-def test_requests_are_as_short_as_the_inbox_wants_them(tmp_path: Path) -> None:
-    """Lines of which a few fit into a request; nothing is read before everything is sent."""
-    lines = [Line(json.dumps({"text": f"{i} " + "y" * 100}).encode(), "here", 1) for i in range(30)]
-    settings = {"type": INBOX, "max_record_bytes": 300, "max_request_bytes": 1000, "when_dry": "others"}
-    tiny.write_text(tmp_path / "data", 12)
-    with running(tiny.config(tmp_path, **{"sources.mine": settings}), **ALLOWED) as process:
-        until(process, lambda: status(tmp_path)["state"] == "waiting for data")
-        feeder = Feeder(tmp_path / "run" / "control.sock", None, lambda why: None)
+def test_a_feed_goes_as_fast_as_it_is_read_in_requests_as_short_as_the_inbox_wants(tmp_path: Path) -> None:
+    """Lines of which a few fit into a request, and a few requests into the inbox."""
+    lines = [Line(json.dumps({"text": f"{i} " + "y" * 100}).encode(), "here", 1) for i in range(60)]
+    limits = {"max_record_bytes": 300, "max_request_bytes": 1000, "max_bytes": 2000}
+    whys: list[str | None] = []
+    with running(tiny.config(tmp_path, **{"sources.main": {"type": INBOX, "url": None, **limits}}), **ALLOWED) as run:
+        until(run, lambda: status(tmp_path)["state"] == "waiting for data")
+        feeder = Feeder(tmp_path / "run" / "control.sock", None, whys.append)
         feeder.send(lines)
         feeder.close()
-        assert (feeder.fed.records, feeder.fed.size) == (30, 30)
-        assert kept(tmp_path) == [json.loads(line.data)["text"] for line in lines]
+        assert (feeder.fed.records, feeder.fed.size) == (60, 60)
+        assert any(why and "is full" in why for why in whys)
+        assert kept(tmp_path, "main") == [json.loads(line.data)["text"] for line in lines]
 
 
 def test_a_feed_waits_while_the_inbox_is_full_and_ctrl_c_says_what_was_taken(folder: Path, tmp_path: Path) -> None:
