@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +52,12 @@ Allowed = Annotated[
         help="Let the configuration name this class as an adapter, though no entry point does; repeatable.",
     ),
 ]
+
+
+class FeedForm(StrEnum):
+    """How `feed` reads a file."""
+
+    AUTO, JSONL, TEXT = "auto", "jsonl", "text"
 
 
 @app.command()
@@ -205,6 +212,41 @@ def export(where: Run) -> None:
         raise AnytimedError(f"no daemon answers in {folder}; start it with `anytimed run CONFIG`") from None
     _say(f"Published {answer['checkpoint']} (step {answer['step']})")
     _say(f"Pull:  {_myself()} pull {answer['url']} --to DIR")
+
+
+@app.command()
+def feed(
+    where: Run,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Files to send; - or none: standard input.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="The inbox to send to; needed where there are several.")] = None,
+    form: Annotated[
+        FeedForm,
+        typer.Option("--format", help="jsonl: a record a line; text: a record a file; auto: by the file's name."),
+    ] = FeedForm.AUTO,
+) -> None:
+    """Send records to an inbox of the running daemon; what is acknowledged is durable, and trained on once."""
+    from anytimed.service.feeding import Feeder, packed, records_of
+
+    folder, fed_from = _run_directory(where), paths or [Path("-")]
+    known = all(path.is_file() for path in fed_from)
+    total = sum(path.stat().st_size for path in fed_from) if known else None
+    with _feeding() as (show, waiting):
+        feeder = Feeder(folder / "control.sock", source, waiting)
+        try:
+            for request in packed(records_of(fed_from, form.value)):
+                feeder.send(request)
+                show(feeder.fed.size, total)
+        except KeyboardInterrupt:
+            err.print(f"Stopped: {feeder.fed.told()}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+        except (AnytimedError, OSError):
+            err.print(feeder.fed.told(), markup=False, highlight=False, soft_wrap=True)
+            raise
+        finally:
+            feeder.close()
+    _say(feeder.fed.told())
 
 
 @app.command()
@@ -424,13 +466,28 @@ def _last_status(folder: Path) -> Json:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def _feeding() -> Iterator[tuple[Callable[[int, int | None], None], Callable[[str | None], None]]]:
+    """The bar of a feed, and what says why it does not go on: a line each time the reason is another one."""
+    with _progress("feeding") as show:
+        last: str | None = None
+
+        def waiting(why: str | None) -> None:
+            nonlocal last
+            if why is not None and last is None:
+                err.print(f"waiting: {why}", markup=False, highlight=False, soft_wrap=True)
+            last = why
+
+        yield show, waiting
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar with rate and time left on a terminal; nothing is written anywhere else."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
 
-        def show(done: int, total: int) -> None:
+        def show(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=total)
 
         yield show

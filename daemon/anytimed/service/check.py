@@ -15,6 +15,7 @@ from typing import Any
 
 from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Record, Rejected, Stream
+from anytimed.data.inbox import Inbox
 from anytimed.optim import compiled, native
 from anytimed.service.assembly import Parts, parts_of
 from anytimed.service.console import size
@@ -109,6 +110,8 @@ def _tried(what: str, look: Callable[[], str]) -> Finding:
 
 def _read(stream: Stream) -> str:
     entries = stream.discover()
+    if not entries and isinstance(stream, Inbox):
+        return "an inbox, empty: the daemon waits for what `anytimed feed` or POST /records sends"
     if not entries:
         raise AnytimedError("nothing there yet: the daemon would wait for data")
     stream.adopt(entries)

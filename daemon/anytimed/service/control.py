@@ -1,8 +1,8 @@
 """The control socket: HTTP over a Unix socket in the run directory.
 
 In order: binding and connecting by way of the folder's descriptor, because a socket's path may not exceed 107 bytes
-and a run directory may; connections that are few, and closed when they ask for nothing; the server, two routes in a
-thread of its own that only read the last status or post a request; the client that the CLI uses."""
+and a run directory may; connections that are few, and closed when they ask for nothing; the server, routes in a thread
+of its own that only read the last status, post a request, or take records in; the client that the CLI uses."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anytimed.contracts import AnytimedError, Json
+from anytimed.service.inboxes import Inboxes
+from anytimed.service.records import Records
 from anytimed.service.requests import Export, Mailbox
 from anytimed.storage.strangers import parse
 from anytimed.urls import told
@@ -66,13 +68,18 @@ class _Connection(H11Protocol):
 
 
 class Control:
-    """Serves `GET /status` and `POST /export` on a socket that only the owner and its group may use."""
+    """Serves `GET /status`, `POST /export` and `POST /records` on a socket that only the owner and its group may
+    use."""
 
-    def __init__(self, path: Path, mailbox: Mailbox, status: Callable[[], Json]) -> None:
+    def __init__(self, path: Path, mailbox: Mailbox, status: Callable[[], Json], inboxes: Inboxes) -> None:
         self._path, self._mailbox, self._status = path, mailbox, status
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         app = Starlette(
-            routes=[Route("/status", self._get_status), Route("/export", self._post_export, methods=["POST"])]
+            routes=[
+                Route("/status", self._get_status),
+                Route("/export", self._post_export, methods=["POST"]),
+                Route("/records", Records(inboxes).post, methods=["POST"]),
+            ]
         )
         # Its log lines go through ours, which hides credentials; garbage that somebody sends is no line of a log.
         config = uvicorn.Config(
@@ -113,7 +120,9 @@ class Control:
             )
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
+    """A connection to the socket at `path`, which may be long."""
+
     def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._unix_path = path
@@ -128,7 +137,7 @@ class _UnixConnection(http.client.HTTPConnection):
 def ask(path: Path, method: str, route: str, timeout_s: float = EXPORT_TIMEOUT_S + 5) -> Json:
     """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says no
     or answers with something else."""
-    connection = _UnixConnection(path, timeout_s)
+    connection = UnixConnection(path, timeout_s)
     try:
         connection.request(method, route)
         response = connection.getresponse()

@@ -23,6 +23,7 @@ from anytimed.service.console import View
 from anytimed.service.control import Control
 from anytimed.service.failures import TrainingFailed
 from anytimed.service.gatekeeper import Gatekeeper
+from anytimed.service.inboxes import Inboxes
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
 from anytimed.service.recovery import Session, Trained
@@ -76,7 +77,8 @@ class Daemon:
         state = session.commit.state["steering"] if session.commit is not None else None
         self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
-        self._control = Control(session.run.control_socket, mailbox, self.status)
+        self._inboxes = Inboxes(lambda: self._config, mailbox.post)
+        self._control = Control(session.run.control_socket, mailbox, self.status, self._inboxes)
 
     def status(self) -> Json:
         """The last status told, as JSON; any thread may ask."""
@@ -154,6 +156,7 @@ class Daemon:
         """Commit first, then upload what waits, until the deadline or a second signal."""
         self._systemd.notify("STOPPING=1")
         self._systemd.extend(LAST_COMMIT_S + self._config.exports.drain_s)
+        self._inboxes.close()
         self._reader.close()
         self._final_commit()
         deadline = time.monotonic() + self._config.exports.drain_s
@@ -367,6 +370,7 @@ class Daemon:
     def _close(self) -> None:
         """End the threads; what ends the run must not wait for any of them for long."""
         self._timetable.close()
+        self._inboxes.close()
         self._reader.close()
         self._saving.close()
         self._outbox.close()
