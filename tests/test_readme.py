@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from typer.core import TyperGroup
 
 from anytimed.cli import app
+from anytimed.registry import installed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +36,17 @@ def test_the_optimizer_example_learns() -> None:
 def test_every_command_is_told_and_every_told_command_exists() -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
-    assert set(re.findall(r"^\| `(\w+)", README, re.MULTILINE)) == set(group.commands)
+    assert set(re.findall(r"^\| `(\w+)", table("| command |"), re.MULTILINE)) == set(group.commands)
+
+
+def test_every_source_type_is_told() -> None:
+    told = set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table("| `type` |").splitlines()[2:])))
+    assert told == set(installed("anytimed.streams"))
+
+
+def table(head: str) -> str:
+    """The Markdown table that begins with `head`."""
+    return README[README.index(head) :].partition("\n\n")[0]
 
 
 def test_the_files_that_the_tree_names_exist() -> None:
