@@ -203,6 +203,10 @@ class CommitsTable(Schedule):
     verify_every_s: float = Field(
         default=86_400.0, ge=0, le=1e9, description="how often kept commits are read again from the disk; 0: never"
     )
+    acknowledge: bool = Field(
+        default=True,
+        description="tell brokers and the inbox what no kept commit needs any more; they may delete it then",
+    )
     mirror_url: str | None = Field(
         default=None, min_length=1, description="fsspec URL of a second place for commits, for machines that vanish"
     )

@@ -98,7 +98,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """An entry of the source was read to its end; `digest` is the SHA-256 (hex) of its bytes."""
+    """An entry of the source was read to its end; `digest` is a SHA-256 (hex) over its content."""
 
     entry: int
     digest: str
@@ -398,7 +398,8 @@ class Stream(Protocol):
         Raises Refused naming the entry that was rewritten."""
 
     def lag(self, place: Json | None) -> int:
-        """Bytes (records, where bytes are not known) adopted and not yet read, after `place`."""
+        """Bytes adopted and not yet read, after `place`; another unit where the stream has an attribute `lag_unit` that
+        names it."""
 
 
 @runtime_checkable

@@ -128,3 +128,30 @@ def test_closing_wakes_a_thread_that_sleeps_on_a_full_queue_or_a_dry_stream(tmp_
     until(lambda: dry.status()["waiting"])
     assert full.close()
     assert dry.close()
+
+
+def test_a_poll_that_takes_long_is_not_all_that_is_done(tmp_path: Path) -> None:
+    """Asked for all the time, a slow poll takes its turn with reading; where there is nothing to read it is made."""
+    world = static_world(tmp_path)
+    pipeline = world.pipeline(MemoryJournal())
+    polled, poll = [0], pipeline.poll
+
+    def slow() -> int:
+        polled[0] += 1
+        time.sleep(0.05)
+        return poll()
+
+    pipeline.poll = slow  # type: ignore[method-assign]
+    reader = Reader(pipeline, 2)
+    reader.start()
+    made = 0
+    while isinstance(got := reader.get(PATIENCE_S), Batch):
+        made += 1
+        reader.poll()
+    assert made > 20
+    assert isinstance(got, Dry)
+    assert polled[0] < 10, "twenty times as long in between"
+    before = polled[0]
+    reader.poll()
+    until(lambda: polled[0] > before)
+    reader.close()

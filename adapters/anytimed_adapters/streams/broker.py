@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, ClassVar
 
 from anytimed.contracts import Finished, Json, Record, Refused, Rejected, StreamUnavailable
 from anytimed.urls import told
@@ -33,6 +33,8 @@ Entry = list[Any]
 
 class BrokerStream(ABC):
     """A `Stream` over spans of a log; an adapter says how they are found and read. `secrets`: never to be told."""
+
+    lag_unit: ClassVar[str] = "messages"
 
     def __init__(self, settings: MessageSettings, name: str, secrets: Sequence[str]) -> None:
         self._message_settings = settings

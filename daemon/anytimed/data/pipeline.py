@@ -226,10 +226,12 @@ class Pipeline:
         """The next batch needs no reading."""
         return self._blocks.full
 
-    def acknowledge(self, position: Json) -> None:
-        """No commit resumes before this position, as JSON: tell the sources that records before it are not needed any
-        more, but those that are to be read again from their beginning."""
+    def acknowledge(self, position: Json, *, tell: bool = True) -> None:
+        """No commit resumes before this position, as JSON: tell the sources (where `tell`) that records before it are
+        not needed any more, but those that are to be read again from their beginning."""
         self._folds.keep(position["journal_length"])
+        if not tell:
+            return
         again = {name for name, rule in position["mixture"].items() if rule["when_dry"] == "replay"}
         places = {name: at["place"] for name, at in position["sources"].items() if at["place"] and name not in again}
         for name, cursor in self._sources.active():

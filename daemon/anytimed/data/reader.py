@@ -9,6 +9,7 @@ out, for they are good; then the failure is raised where the batches are taken.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 
 from anytimed.contracts import Batch, Json
@@ -28,6 +29,10 @@ def read_one(pipeline: Pipeline) -> Batch | Dry:
     return outcome
 
 
+POLL_SHARE = 20.0
+"""While batches are there, a poll comes no sooner than this many times as long as the last one took."""
+
+
 class Reader:
     """A restored pipeline and its thread. `depth`: the most batches kept ready (>= 1)."""
 
@@ -38,7 +43,8 @@ class Reader:
         self._batches: deque[Batch] = deque()
         self._dry: Dry | None = None
         self._poll = False
-        self._oldest: Json | None = None
+        self._oldest: tuple[Json, bool] | None = None
+        self._polls_from = 0.0
         self._closed = False
         self._failure: BaseException | None = None
         self._told: Json = pipeline.status()
@@ -71,10 +77,10 @@ class Reader:
             self._dry = None
             self._changed.notify_all()
 
-    def acknowledge(self, position: Json) -> None:
-        """Have the sources told that no commit resumes before this position, as JSON."""
+    def acknowledge(self, position: Json, *, tell: bool = True) -> None:
+        """No commit resumes before this position, as JSON; the sources are told, where `tell`."""
         with self._changed:
-            self._oldest = position
+            self._oldest = (position, tell)
             self._changed.notify_all()
 
     def status(self) -> Json:
@@ -135,10 +141,15 @@ class Reader:
                     return False
                 oldest, self._oldest = self._oldest, None
                 poll, self._poll = self._poll, False
+                dry = not self._batches
             if oldest is not None:
-                self._pipeline.acknowledge(oldest)
-            if poll:
+                self._pipeline.acknowledge(oldest[0], tell=oldest[1])
+            if poll and (dry or time.monotonic() >= self._polls_from):
+                began = time.monotonic()
                 self._pipeline.poll()
+                now = time.monotonic()
+                # A listing of a million files takes seconds: while there is something to read, it is not all we do.
+                self._polls_from = now + POLL_SHARE * (now - began)
             self._tell()
             with self._changed:
                 if self._may_read():

@@ -294,7 +294,7 @@ class Daemon:
             case requests.Committed():
                 self._saving.committed(request, waiting=self._state is State.WAITING)
                 if (oldest := self._session.oldest_position()) is not None:
-                    self._reader.acknowledge(oldest)
+                    self._reader.acknowledge(oldest, tell=self._config.commits.acknowledge)
                 self._tell()
             case requests.Verified():
                 self._saving.verified(request)

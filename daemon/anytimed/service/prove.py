@@ -183,7 +183,7 @@ def _write_config(config: Config, plan: Plan, folder: Path) -> None:
     (folder / "config.toml").write_text(
         f"based_on = {_text(config.path.absolute())}\nwithout = {json.dumps(OF_THE_USER)}\n\n"
         f"[run]\ndirectory = {_text(folder / 'run')}\n\n"
-        f"[commits]\n{commits}\n"
+        f"[commits]\nacknowledge = false\n{commits}\n"
         f"[exports]\nurl = {_text(folder / 'published')}\n{exports}",
         encoding="utf-8",
     )
