@@ -15,7 +15,8 @@ The daemon itself trains, on one thread, a byte model of half a million paramete
     .venv/bin/python benchmarks/extend.py --report         tables and picture from the JSON; trains nothing
 
 Every run is a process of its own (with --quick they share one). Its curve is kept under .anytimed/extend/ and taken
-from there where plan, texts, torch and Python are the same. Needs no network; texts are what Python and torch bring (`extension/corpora.py`).
+from there where plan, texts, torch and Python are the same. Needs no network; texts are what Python and torch bring
+(`extension/corpora.py`).
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ def all_of(arguments: argparse.Namespace, scale: Scale, scratch: Path) -> dict[s
     """Every run's curve by its name; `jobs` at a time, those that others go on from first."""
     corpora = corpora_of(scale, scratch)
     wanted = [plan for seed in range(1, arguments.seeds + 1) for plan in plans(scale, seed)]
+    if arguments.kept:
+        found = {plan.name: kept(plan, scale, corpora, scratch) for plan in wanted}
+        return {name: curve for name, curve in found.items() if curve is not None}
     again: set[str] = set()
 
     def run(plan: Plan) -> None:
@@ -97,7 +101,6 @@ def all_of(arguments: argparse.Namespace, scale: Scale, scratch: Path) -> dict[s
             one(plan, scale, scratch)
             return
         command = [sys.executable, __file__, "--one", plan.name, "--scratch", str(arguments.scratch)]
-        command += ["--quick"] if arguments.quick else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         found = kept(plan, scale, corpora, scratch)
@@ -105,13 +108,14 @@ def all_of(arguments: argparse.Namespace, scale: Scale, scratch: Path) -> dict[s
             raise SystemExit(f"{plan.name}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         print(f"{plan.name}: to step {found['end']} in {found['seconds']:.0f} s", file=sys.stderr, flush=True)
 
-    trunks = [plan for plan in wanted if plan.name.partition("@")[0].endswith("/trunk")]
     if arguments.quick:
         for plan in wanted:
             run(plan)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for some in (trunks, [plan for plan in wanted if plan not in trunks]):
-            list(pool.map(run, some))
+    else:
+        trunks = [plan for plan in wanted if plan.start is None]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for some in (trunks, [plan for plan in wanted if plan.start is not None]):
+                list(pool.map(run, some))
     curves = {plan.name: kept(plan, scale, corpora, scratch) for plan in wanted}
     return {name: curve for name, curve in curves.items() if curve is not None}
 
@@ -154,6 +158,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--scratch", type=Path, default=Path(".anytimed/extend"), help="run directories and kept curves"
     )
+    parser.add_argument("--kept", action="store_true", help="of the runs those that were made; trains nothing")
     parser.add_argument("--report", action="store_true", help="tables and picture from the JSON; trains nothing")
     parser.add_argument("--assert", dest="insist", action="store_true", help="exit with 1 where a bar is missed")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -178,7 +183,10 @@ def main() -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(as_text(result), encoding="utf-8")
     svg = arguments.svg or arguments.json.with_suffix(".svg")
-    svg.write_text(picture.drawn(result), encoding="utf-8")
+    if result["runs"].keys() >= picture.NEEDED:
+        svg.write_text(picture.drawn(result), encoding="utf-8")
+    else:
+        print(f"no picture without {', '.join(sorted(picture.NEEDED - result['runs'].keys()))}", file=sys.stderr)
     out = Console() if sys.stdout.isatty() else Console(width=120)
     for table in report.tables(result):
         out.print(table)

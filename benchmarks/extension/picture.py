@@ -43,7 +43,8 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve in the panel's own units. name: one string a line of text. dots: of its points, those to mark."""
+    """A curve in the panel's own units. name: one string a line of text, none for a line that needs none. dots: of its
+    points, those to mark."""
 
     name: tuple[str, ...]
     colour: str
@@ -59,6 +60,7 @@ class Panel:
     left: float
     right: float
     title: str
+    told: str
     across: str
     lines: list[Line]
     low: float = field(init=False)
@@ -86,7 +88,7 @@ class Panel:
         yield f'<clipPath id="{name}"><rect x="{self.left}" y="{TOP}" width="{self.right - self.left + 4}" '
         yield f'height="{BOTTOM - TOP + 4}"/></clipPath>'
         yield _text(self.left, 34, self.title, "title")
-        yield _text(self.left, 56, "held-out loss of x, nats a byte")
+        yield _text(self.left, 56, self.told)
         for tick in _ticks(self.low, self.high):
             y = self.y(tick)
             yield f'<path class="grid" d="M{self.left} {y:.1f}H{self.right}"/>'
@@ -109,13 +111,21 @@ class Panel:
                 yield _text(self.right + 8, y + 15 * i, part, line.colour)
 
     def _placed(self) -> Iterable[tuple[Line, float]]:
-        """Every line with the height of its name: at its end, but never over another name."""
-        lowest = TOP
-        for line in sorted(self.lines, key=lambda line: -line.points[-1][1]):
-            wanted = self.y(line.points[-1][1]) + 4.5 - 7.5 * (len(line.name) - 1)
-            lowest = max(wanted, lowest)
-            yield line, lowest
-            lowest += 15 * len(line.name) + 3
+        """Every line with the height of its name: at its end, but never over another name or below the axis."""
+        named = sorted((line for line in self.lines if line.name), key=lambda line: line.points[-1][1])
+        highest = float(BOTTOM + 5)
+        for line in named:
+            wanted = self.y(line.points[-1][1]) + 4.5 + 7.5 * (len(line.name) - 1)
+            last = min(wanted, highest)  # of its lines of text
+            yield line, last - 15 * (len(line.name) - 1)
+            highest = last - 15 * len(line.name) - 3
+
+
+NEEDED: Final = {
+    *("sf_normuon/trunk@1", "extend/added@1", "extend/both@1"),
+    *(f"switch/long/{way}@1" for way in ("plain", "steered", "window")),
+}
+"""Runs that are drawn."""
 
 
 def drawn(result: Json) -> str:
@@ -135,23 +145,16 @@ def _extended(result: Json) -> Panel:
     """A second source added late, next to both from the start; over tokens."""
     runs = result["runs"]
     trunk, added, both = (runs[f"{name}@1"]["probed"] for name in ("sf_normuon/trunk", "extend/added", "extend/both"))
-    late = {"python": [*trunk, *added], "headers": added}
-    lines = []
-    for text, colour in (("headers", "two"), ("python", "one")):
-        lines.append(
-            Line(
-                (f"{_NAMES[text]}, added late",) if text == "headers" else ("Python, headers", "added late"),
-                colour,
-                _millions(late[text], text),
-            )
-        )
-        lines.append(Line((f"{_NAMES[text]}, both", "from the start"), colour, _millions(both, text), thin=True))
-    panel = Panel(56, 344, "A second source, added late", "million tokens", lines)
+    lines = [
+        Line(("C++ headers",), "two", _millions(added, "headers")),
+        Line((), "two", _millions(both, "headers"), thin=True),
+        Line(("Python",), "one", _millions([*trunk, *added], "python")),
+        Line((), "one", _millions(both, "python"), thin=True),
+    ]
+    key = "loss of x, nats a byte; dashed: both from the start"
+    panel = Panel(56, 390, "A second source, added late", key, "million tokens", lines)
     panel.marks = {_tokens_before(runs["extend/added@1"]) / 1e6: "headers added"}
     return panel
-
-
-_NAMES: Final = {"python": "Python", "headers": "C++ headers"}
 
 
 def _switched(result: Json) -> Panel:
@@ -169,7 +172,8 @@ def _switched(result: Json) -> Panel:
         halved = {entry["step"] - before for entry in run["forgets"]}
         dots = [(at, _between(points, at)) for at in sorted(halved) if 0 <= at <= points[-1][0]]
         lines.append(Line(name, colour, points, thin, dots))
-    return Panel(560, 830, "Other data after a long history", "steps after the switch", lines)
+    key = "loss of x, nats a byte; a dot: x forgets half"
+    return Panel(548, 826, "A switch, as if after 100,000 steps", key, "steps after the switch", lines)
 
 
 def _millions(probed: list[Json], text: str) -> Points:

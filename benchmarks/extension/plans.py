@@ -33,7 +33,7 @@ class Scale:
 
 
 FULL: Final = Scale("full", 1000, 1000, 50, 25, 50, 128, 2, 128, 512, 8192, 16_384, 3_200_000)
-QUICK: Final = Scale("quick", 80, 60, 20, 10, 20, 32, 2, 64, 128, 2048, 4096, 150_000)
+QUICK: Final = Scale("quick", 60, 40, 20, 10, 20, 32, 2, 64, 128, 2048, 4096, 150_000)
 BATCH: Final = 8
 HISTORY: Final = 100
 """What the weight sum is multiplied by at the change: 1,000 steps then weigh as 100,000."""
@@ -90,6 +90,7 @@ def plans(scale: Scale, seed: int) -> list[Plan]:
         switch("switch/long/amuse", "amuse", history=HISTORY),
         switch("switch/short/steered"),
         plan("amuse/unsteered", "amuse", both[:1], both[:1], steps=end, steered=False),
+        plan("extend/unsteered", "sf_normuon", both, both, start="sf_normuon/trunk", steps=end, steered=False),
         switch("switch/short/plain", steered=False),
     ]
 
