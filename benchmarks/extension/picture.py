@@ -145,13 +145,14 @@ def _extended(result: Json) -> Panel:
     """A second source added late, next to both from the start; over tokens."""
     runs = result["runs"]
     trunk, added, both = (runs[f"{name}@1"]["probed"] for name in ("sf_normuon/trunk", "extend/added", "extend/both"))
+    before = runs["extend/added@1"]["changed"] - 1
     lines = [
-        Line(("C++ headers",), "two", _millions(added, "headers")),
+        Line(("C++ headers",), "two", _millions([p for p in added if p["step"] >= before], "headers")),
         Line((), "two", _millions(both, "headers"), thin=True),
         Line(("Python",), "one", _millions([*trunk, *added], "python")),
         Line((), "one", _millions(both, "python"), thin=True),
     ]
-    key = "loss of x, nats a byte; dashed: both from the start"
+    key = "x on unseen text, nats a byte; dashed: both from the start"
     panel = Panel(56, 390, "A second source, added late", key, "million tokens", lines)
     panel.marks = {_tokens_before(runs["extend/added@1"]) / 1e6: "headers added"}
     return panel
@@ -172,7 +173,7 @@ def _switched(result: Json) -> Panel:
         halved = {entry["step"] - before for entry in run["forgets"]}
         dots = [(at, _between(points, at)) for at in sorted(halved) if 0 <= at <= points[-1][0]]
         lines.append(Line(name, colour, points, thin, dots))
-    key = "loss of x, nats a byte; a dot: x forgets half"
+    key = "x on unseen text, nats a byte; a dot: x forgets half"
     return Panel(548, 826, "A switch, as if after 100,000 steps", key, "steps after the switch", lines)
 
 
