@@ -85,7 +85,8 @@ class Timed(Daemon):
             (self.beside if committing else self.plain).append(stepped - began)
         if self.in_round == ROUND // 2:
             before = time.perf_counter()
-            self._session.snapshot(self._position, self._board.evaluation, self._parent).wait()
+            state = self._steering.state()
+            self._session.snapshot(self._trained.position, self._board.evaluation, self._parent, state).wait()
             self.copies.append(time.perf_counter() - before)
         self.in_round += 1
         if self.in_round == ROUND:
@@ -135,7 +136,7 @@ def training(config: Config, rounds: int) -> Json:
             daemon = Timed(session, Mailbox(), view)
             daemon.begin(rounds)
             daemon.run()
-        snapshot = session.snapshot(daemon._position, None, None)
+        snapshot = session.snapshot(daemon._trained.position, None, None, daemon._steering.state())
         state = sum(tensor.data.nbytes for tensor in snapshot.tensors.values())
         before = written_bytes()
         commits = [session.commits.write(snapshot) for _ in range(3)]

@@ -30,7 +30,7 @@ def read_one(pipeline: Pipeline) -> Batch | Dry:
 
 
 POLL_SHARE = 20.0
-"""While batches are there, a poll comes no sooner than this many times as long as the last one took."""
+"""While there is something to read, a poll comes no sooner than this many times as long as the last one took."""
 
 
 class Reader:
@@ -45,6 +45,7 @@ class Reader:
         self._poll = False
         self._oldest: tuple[Json, bool] | None = None
         self._polls_from = 0.0
+        self._was_dry = False
         self._closed = False
         self._failure: BaseException | None = None
         self._told: Json = pipeline.status()
@@ -74,6 +75,7 @@ class Reader:
         """Ask the thread to look for new data soon; wakes it where the stream was dry."""
         with self._changed:
             self._poll = True
+            self._was_dry = self._was_dry or self._dry is not None
             self._dry = None
             self._changed.notify_all()
 
@@ -141,7 +143,7 @@ class Reader:
                     return False
                 oldest, self._oldest = self._oldest, None
                 poll, self._poll = self._poll, False
-                dry = not self._batches
+                dry, self._was_dry = self._was_dry, False
             if oldest is not None:
                 self._pipeline.acknowledge(oldest[0], tell=oldest[1])
             if poll and (dry or time.monotonic() >= self._polls_from):
