@@ -1,6 +1,7 @@
 """Attention within documents: a row that holds several says what each would alone, whichever kernel keeps them apart.
 
-What is compiled needs a C++ compiler (apt-get install g++), and skips without one; what runs on CUDA is there where CUDA is.
+What is compiled needs a C++ compiler (apt-get install g++), and skips without one; what runs on CUDA is there where it
+is.
 """
 
 from __future__ import annotations

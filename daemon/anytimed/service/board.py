@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from anytimed.contracts import Evaluation, Json, StepReport
 from anytimed.service.console import View, line
@@ -124,7 +124,7 @@ class Board:
     def _status(self) -> Json:
         session = self._session
         config, run, learner, reading = session.parts.config, session.run, session.learner, session.reader.status()
-        failing = (self._metrics.failed, session.quarantine.failed, reading["undecided"])
+        failing = (self._metrics.failed, session.quarantine.failed, reading["undecided"], *_ailing(reading["sources"]))
         return {
             "state": self.state,
             "since": self.since,
@@ -162,6 +162,14 @@ class Board:
             return None
         since = self.mirrored["time"] if self.mirrored else self._began
         return {"url": mirror.url, "commit": self.mirrored, "last_mirrored_age_s": time.time() - since}
+
+
+def _ailing(sources: Json) -> Iterator[str]:
+    """What is wrong with the sources, by the reader's status."""
+    for name, source in sources.items():
+        for what in ("suspended", "unacknowledged"):
+            if source[what] is not None:
+                yield f"source {name}: {source[what]}"
 
 
 def _prequential(reports: Sequence[StepReport]) -> dict[str, float]:

@@ -122,7 +122,11 @@ def table(status: Json, now: float) -> Table:
         amount = f"{size(upload['done_bytes'])} of {size(upload['total_bytes'])}, {size(upload['bytes_per_s'])}/s"
         rows.append(("uploading", f"{upload['checkpoint']}, {amount}, {ago(upload['left_s'], '?')} left"))
     for name, source in status["sources"].items():
-        rows.append((f"source {name}", f"{source['records']:,} records read, {size(source['lag_bytes'])} to go"))
+        told = (
+            f"{source['share']:.1%} of the draws, {source['records']:,} records read, {size(source['lag_bytes'])} to go"
+        )
+        dry = ", left out until there is more" if source["dry"] else ""
+        rows.append((f"source {name}", f"{told}{dry}"))
     if status["skipped"]:
         rows.append(("skipped steps", f"{status['skipped']:,} (loss or gradient not finite)"))
     rows.extend(("degraded", problem) for problem in status["degraded"])
