@@ -1,7 +1,8 @@
 """What is timed, each in a process of its own: `python -m growth.measuring ROLE CONFIG`, in benchmarks/.
 
 history    reads all shards once and says what that left behind.
-start      the bare listing, the start of the data side to its first batch, the bare listing again; once.
+start      the bare listing, the start of the data side to its first batch, the bare listing again; once. Seconds
+           that passed, and those that the process had a core.
 turns      stands ready, reads lines `batches N`, `steps N` and `poll` and answers each with a line: seconds.
 """
 
@@ -15,6 +16,7 @@ import pstats
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +52,15 @@ def memory() -> dict[str, int]:
 def start(path: Path) -> Json:
     """Seconds of every part of the start, and of the listing before and after."""
     data = str(path.parent / "data")
-    marks = [time.perf_counter()]
+    marks: list[tuple[float, float]] = []
 
     def mark() -> None:
-        marks.append(time.perf_counter())
+        marks.append((time.perf_counter(), time.process_time()))
 
     _, parts, run = opened(path)
     position = position_of(path)
     before = memory()["VmRSS"]
-    marks = [time.perf_counter()]
+    mark()
     files = bare_listing(data)
     mark()
     profile = cProfile.Profile() if os.environ.get("GROWTH_PROFILE") else None
@@ -77,22 +79,18 @@ def start(path: Path) -> Json:
     mark()
     if profile is not None:
         profile.disable()
-        told = io.StringIO()
-        pstats.Stats(profile, stream=told).sort_stats("tottime").print_stats(25)
-        print(told.getvalue(), file=sys.stderr)
+        shown = io.StringIO()
+        pstats.Stats(profile, stream=shown).sort_stats("tottime").print_stats(25)
+        print(shown.getvalue(), file=sys.stderr)
     held = memory()
     bare_listing(data)
     mark()
-    parts_s = [b - a for a, b in zip(marks, marks[1:], strict=False)]
     names = ("listing_before", "journal", "restore", "poll", "first_batch", "listing_after")
-    return {
-        **dict(zip(names, parts_s, strict=True)),
-        "start": sum(parts_s[1:5]),
-        "files": files,
-        "rss_before": before,
-        "rss": held["VmRSS"],
-        "rss_peak": held["VmHWM"],
-    }
+    told: Json = {"files": files, "rss_before": before, "rss": held["VmRSS"], "rss_peak": held["VmHWM"]}
+    for which, kind in enumerate(("wall", "cpu")):
+        spans = [after[which] - before_it[which] for before_it, after in pairwise(marks)]
+        told[kind] = {**dict(zip(names, spans, strict=True)), "start": sum(spans[1:5])}
+    return told
 
 
 class Turns:

@@ -166,7 +166,10 @@ def test_killed_at_random_a_mixture_reads_each_source_as_often_as_its_rule_says(
     tmp_path: Path, injected: Injected
 ) -> None:
     sources = {
-        name: (Shards(KINDS[kind], tmp_path / "lived" / "data" / name, random.Random(name), itertools.count(i, 3)), rule)
+        name: (
+            Shards(KINDS[kind], tmp_path / "lived" / "data" / name, random.Random(name), itertools.count(i, 3)),
+            rule,
+        )
         for i, (name, (kind, rule)) in enumerate(MIXTURE.items())
     }
     run = Killed(tmp_path, "mixture", sources)
