@@ -38,8 +38,8 @@ from rich.table import Table
 from anytimed.contracts import Json
 
 STEP_BAR, START_BAR_S = 1.02, 2.0
-BATCHES, STEPS = 200, 50
-"""Of a turn."""
+BATCHES, STEPS = 1024, 50
+"""Of a turn; so many batches are four blocks."""
 LONGEST_HISTORY_BYTES = 8 << 30
 """What a million shards, of a page each, and what is known of them come to at most."""
 
@@ -128,7 +128,7 @@ def start_figures(results: Sequence[Json]) -> Json:
 def turns(configs: Sequence[Path], rounds: int, polls: int) -> list[Json]:
     """Per configuration what a batch and a step take, and steps beside a poll."""
     standing = [Standing(config) for config in configs]
-    took: dict[str, list[list[float]]] = {what: [[] for _ in configs] for what in ("batches", "steps")}
+    took: dict[str, list[list[Json]]] = {what: [[] for _ in configs] for what in ("batches", "steps")}
     try:
         for number in range(rounds + 1):  # the first warms up
             print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
@@ -136,7 +136,7 @@ def turns(configs: Sequence[Path], rounds: int, polls: int) -> list[Json]:
                 order = list(enumerate(standing))
                 order = order[number % len(order) :] + order[: number % len(order)]
                 for i, process in order if number % 2 else reversed(order):
-                    seconds = process.turn(what, count)["s"] / count
+                    seconds = {key: value / count for key, value in process.turn(what, count).items()}
                     if number:
                         took[what][i].append(seconds)
         beside = [[process.turn("poll") for _ in range(polls)] for process in standing]
@@ -148,11 +148,14 @@ def turns(configs: Sequence[Path], rounds: int, polls: int) -> list[Json]:
     for i in range(len(configs)):
         told: Json = {"rss_bytes": memory[i]["VmRSS"], "rss_peak_bytes": memory[i]["VmHWM"]}
         for what, name in (("batches", "batch"), ("steps", "step")):
-            ratios = [mine / first for mine, first in zip(took[what][i], took[what][0], strict=True)]
-            told[name] = {"median_ms": round(1e3 * statistics.median(took[what][i]), 4)}
-            told[name]["ratio"] = round(statistics.median(ratios), 4)
-            told[name]["quartiles"] = [round(q, 4) for q in statistics.quantiles(ratios, n=4)]
-        step_s = statistics.median(took["steps"][i])
+            told[name] = {}
+            for key, prefix in (("s", ""), ("cpu_s", "cpu_")):
+                ratios = [mine[key] / first[key] for mine, first in zip(took[what][i], took[what][0], strict=True)]
+                median = statistics.median(each[key] for each in took[what][i])
+                told[name][f"{prefix}median_ms"] = round(1e3 * median, 4)
+                told[name][f"{prefix}ratio"] = round(statistics.median(ratios), 4)
+                told[name][f"{prefix}quartiles"] = [round(q, 4) for q in statistics.quantiles(ratios, n=4)]
+        step_s = statistics.median(each["s"] for each in took["steps"][i])
         lost = [poll["s"] - poll["steps"] * step_s for poll in beside[i]]
         told["poll_s"] = round(statistics.median(poll["s"] for poll in beside[i]), 4)
         told["steps_beside_a_poll"] = statistics.median(poll["steps"] for poll in beside[i])
@@ -233,13 +236,12 @@ def report(result: Json) -> None:
         )
     console = Console(width=max(120, Console().width))
     console.print(table)
-    table = Table(
-        "shards", "a batch", "ratio", "a step", "ratio", "a poll", "lost to it", "position", "journal", "fold"
-    )
+    timed = ("a batch, ms", "ratio", "CPU", "a step, ms", "ratio", "CPU", "a poll", "lost to it")
+    table = Table("shards", *timed, "position", "journal", "fold")
     for found in result["histories"]:
         table.add_row(
             f"{found['shards']:,}",
-            *(f"{found[key][what]:.3f}" for key in ("batch", "step") for what in ("median_ms", "ratio")),
+            *(f"{found[key][what]:.3f}" for key in ("batch", "step") for what in ("median_ms", "ratio", "cpu_ratio")),
             *(f"{found[key]:.3f} s" for key in ("poll_s", "lost_to_a_poll_s")),
             f"{found['position_bytes']} B",
             *(f"{found[key] / 1e6:.1f} MB" for key in ("journal_bytes", "fold_bytes")),

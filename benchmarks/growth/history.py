@@ -29,7 +29,7 @@ A_FOLDER = 1_000
 """Files in a folder, at most."""
 BATCHES_A_COMMIT = 5_000
 """So often what took effect is folded, as after a daemon's commits."""
-NEW_FILES, NEW_BYTES = 400, 16 << 10
+NEW_FILES, NEW_BYTES = 1_200, 16 << 10
 """What comes after the history: the same for every length of it."""
 
 _CONFIG = """

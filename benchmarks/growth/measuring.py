@@ -118,16 +118,16 @@ class Turns:
         return outcome
 
     def batches(self, count: int) -> Json:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         for _ in range(count):
             self.batch()
-        return {"s": time.perf_counter() - began, **memory()}
+        return {"s": time.perf_counter() - began, "cpu_s": time.process_time() - busy}
 
     def steps(self, count: int) -> Json:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         for _ in range(count):
             self._step()
-        return {"s": time.perf_counter() - began}
+        return {"s": time.perf_counter() - began, "cpu_s": time.process_time() - busy}
 
     def _step(self) -> None:
         self.learner.step(self.batch())
