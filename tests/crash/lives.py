@@ -19,6 +19,15 @@ def until_it_trains(folder: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+def until_it_commits(folder: Path, process: subprocess.Popen[str]) -> None:
+    """There is a commit to resume from: else killing it proves nothing but that a run can begin again."""
+    until = time.monotonic() + 60
+    while not any(not path.name.startswith(".") for path in (folder / "run" / "commits").glob("*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, "it did not commit"
+        time.sleep(0.01)
+
+
 def killed(process: subprocess.Popen[str]) -> None:
     """SIGKILL, of one that is alive."""
     process.kill()

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tests import tiny
 from tests.crash import audited
 from tests.crash.arrivals import KINDS, SETTLE_S, Shards, decisions, rows_of
-from tests.crash.lives import killed, stopped_when_dry, until_it_trains
+from tests.crash.lives import killed, stopped_when_dry, until_it_commits, until_it_trains
 from tests.crash.test_bit_for_bit import status_of
 from tests.crash.test_random_kills import BATCH, LENGTH, audit, same_steps, windows
 from tests.faultlog import FULL, Injected
@@ -100,6 +100,7 @@ class Killed:
             process = tiny.start("run", config, **self._environment)
             try:
                 until_it_trains(self.lived, process)
+                until_it_commits(self.lived, process)
                 feeding = Feeding(self._arrive, self._feeds)
                 try:
                     time.sleep(self._draw.uniform(0.0, 0.8))
