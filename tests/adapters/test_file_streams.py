@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from anytimed.contracts import ConfigError, Finished, Json, Record, Refused, Rejected, Stream, StreamUnavailable
 from anytimed.testing.streams import digests, texts
 from anytimed_adapters.streams.jsonl import JsonLines
+from anytimed_adapters.streams.spans import Fingerprints
 from anytimed_adapters.streams.text import TextFiles
 
 
@@ -347,3 +348,51 @@ def test_a_glob_means_what_fsspec_says_it_means(tmp_path: Path, pattern: str, ex
     found = [entry[0] for entry in stream.discover()]
     assert found == expected
     assert len(found) == len([p for p in fsspec.filesystem("file").glob(url) if p.endswith(".jsonl")])
+
+
+# --- what is known of spans that were read ----------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40), st.integers(0, 5)), max_size=30))
+@example([(False, 9, 1), (False, 2, 2), (True, 9, 3), (True, 2, 4)])
+def test_digests_of_spans_are_those_told_last(told: list[tuple[bool, int, int]]) -> None:
+    """Given at a start, or put after reading, in any order."""
+    known: dict[int, str] = {}
+    fingerprints = Fingerprints()
+    for given_at_once, index, number in told:
+        digest = f"{number:064x}"
+        if given_at_once:
+            some = {index + i: digest for i in range(3)}
+            known.update(some)
+            fingerprints.give(some)
+        else:
+            known[index] = digest
+            fingerprints.put(index, digest)
+    assert {i: found for i in range(50) if (found := fingerprints.get(i)) is not None} == known
+
+
+def test_a_folder_of_many_files_is_listed_as_if_one_were_asked_after_the_other(tmp_path: Path) -> None:
+    """Longer than what is taken at a time, with something peculiar in the first part, the last, or nowhere."""
+    for i in range(300):
+        (tmp_path / f"{i:03d}.txt").write_text("x" * (i + 1))
+    expected = {f"{i:03d}.txt": i + 1 for i in range(300)}
+
+    def listed(**more: object) -> dict[str, int]:
+        listing = text(tmp_path, **more)._store.list()
+        assert len(set(listing.paths)) == len(listing.paths) == len(listing.sizes) == len(listing.versions)
+        assert listing.versions == [(tmp_path / path).stat().st_mtime_ns for path in listing.paths]
+        return dict(zip(listing.paths, listing.sizes, strict=True))
+
+    assert listed() == expected
+    (tmp_path / "other").write_text("no text file")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "ä.txt").write_text("x")
+    expected["inside/ä.txt"] = 1
+    assert listed() == expected
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "gone")
+    (tmp_path / "twice.txt").symlink_to(tmp_path / "000.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert listed() == {**expected, "twice.txt": 1}
+    excluded = {path: size for path, size in expected.items() if not path.startswith("01")}
+    assert listed(exclude=["01*"]) == {**excluded, "twice.txt": 1}

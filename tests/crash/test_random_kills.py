@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,11 +24,15 @@ KILLS, STEPS = (200, 1200) if FULL else (20, 200)
 LENGTH, BATCH, BLOCK, HELD_OUT = 32, 4, 64, 0.25
 
 
+def unique(number: int, draw: random.Random) -> bytes:
+    return f"{number:06d} {draw.randbytes(draw.randrange(100, 500)).hex()}".encode()
+
+
 def write_records(folder: Path, count: int) -> list[bytes]:
     """Records of which no 33 bytes come twice, so that a sequence tells where it is from."""
     folder.mkdir()
     draw = random.Random(18)
-    contents = [f"{i:06d} {draw.randbytes(draw.randrange(100, 500)).hex()}".encode() for i in range(count)]
+    contents = [unique(i, draw) for i in range(count)]
     for i, content in enumerate(contents):
         (folder / f"{i:06d}.txt").write_bytes(content)
     return contents
@@ -37,7 +42,7 @@ def held_out(content: bytes) -> bool:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < HELD_OUT * 2**64
 
 
-def windows(contents: list[bytes]) -> dict[bytes, int]:
+def windows(contents: Sequence[bytes], held_out: Callable[[bytes], bool] = held_out) -> dict[bytes, int]:
     """Every sequence that training may see, by its tokens: records laid end to end, an end token (256) after each."""
     tokens = [t for content in contents if not held_out(content) for t in (*content, 256)]
     flat = np.array(tokens, "<i2")
@@ -47,21 +52,31 @@ def windows(contents: list[bytes]) -> dict[bytes, int]:
     return numbered
 
 
-def audit(lives: list[NDArray[np.int16]], contents: list[bytes], steps: int = STEPS) -> None:
+def audit(
+    lives: Sequence[NDArray[np.int16]],
+    contents: Sequence[bytes],
+    steps: int = STEPS,
+    held_out: Callable[[bytes], bool] = held_out,
+) -> None:
     """The undisturbed run used every sequence once; the killed one used them at the same steps, and at no other."""
-    known = windows(contents)
+    known = windows(contents, held_out)
     line, *killed = [[tuple(known[row.tobytes()] for row in batch) for batch in life] for life in lives]
     used = [k for batch in line for k in batch]
-    assert len(line) == steps
     assert len(used) == len(set(used)), "a sequence was trained on twice"
     left_out = set(range(max(used))) - set(used)
     longest_block = BLOCK + max(map(len, contents)) // LENGTH + 1
     assert not left_out or min(left_out) > max(used) - longest_block, "sequences of a finished block were passed over"
+    same_steps(line, killed, steps)
 
+
+def same_steps(line: Sequence[Hashable], killed: Sequence[Sequence[Hashable]], steps: int) -> None:
+    """The lives of a killed run, batch by batch, were the steps of the undisturbed `line`, in its order; no batch comes
+    twice in that."""
+    assert len(line) == steps
     at = {batch: step for step, batch in enumerate(line)}
     spans = [(at[life[0]], at[life[0]] + len(life)) for life in killed]
     for life, (first, end) in zip(killed, spans, strict=True):
-        assert life == line[first:end], f"steps {first} to {end} were taken on other batches"
+        assert list(life) == list(line[first:end]), f"steps {first} to {end} were taken on other batches"
     assert spans[0][0] == 0 and spans[-1][1] == steps
     for (before, reached), (first, _) in pairwise(spans):
         assert before <= first <= reached, "a commit was lost, or steps were passed over"

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anytimed.contracts import Finished, Json, Record, Rejected
 from anytimed_adapters.streams.listing import Listing, Version
-from anytimed_adapters.streams.spans import Spans
+from anytimed_adapters.streams.spans import Fingerprints, Spans
 from anytimed_adapters.streams.store import FileStore, Vanished
 
 AT_END = -1
@@ -102,7 +102,7 @@ class FileStream(ABC):
         self._clock, self._wall_clock = clock, wall_clock
         self._store = FileStore(settings.url, settings.exclude, settings.storage_options, name)
         self._spans = Spans()
-        self._finished: dict[int, str] = {}
+        self._finished = Fingerprints()
         self._unsettled: dict[str, tuple[int, Version, float]] = {}
         self._start_listing: tuple[Listing, float] | None = None  # of what differed at `verify`
 
@@ -143,13 +143,13 @@ class FileStream(ABC):
                 digest = yield from self._items(index, at)
             if (known := self._finished.get(index)) is not None:  # read again, in a second pass say
                 self._compare(index, known, digest)
-            self._finished[index] = digest
+            self._finished.put(index, digest)
             yield Finished(index, digest), {"entry": index + 1, "offset": 0, "digest": ""}
             index, at = index + 1, None
 
     def verify(self, finished: Mapping[int, str]) -> None:
         """Compare spans whose file has another version than journalled, by content; a file that is gone is fine."""
-        self._finished.update(finished)
+        self._finished.give(finished)
         listing = self._store.list()
         changed = self._spans.changed(listing)
         for row in sorted({*changed, *self._spans.grown(listing)}):

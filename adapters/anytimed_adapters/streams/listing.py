@@ -13,9 +13,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from stat import S_IFMT, S_IFREG
+from itertools import compress, islice
+from operator import attrgetter, not_
+from stat import S_IFMT, S_IFREG, S_ISREG
 from typing import TYPE_CHECKING, Any
 
 from fsspec.utils import glob_translate
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 Version = int | str
 
 _KIND = S_IFMT(-1 & 0xFFFF)
+_ENTRIES = 128
+"""Of a folder at a time: what is known of them then stays in the processor's cache."""
+_is_folder, _stat_of = os.DirEntry.is_dir, os.DirEntry.stat
+_name_of = attrgetter("name")
+_mode_of, _size_of, _time_of = attrgetter("st_mode"), attrgetter("st_size"), attrgetter("st_mtime_ns")
 _UNFINISHED = (".tmp", ".part")
 _VERSION_KEYS = (
     "ETag",
@@ -97,6 +104,10 @@ class Selection:
             return False
         return path.isascii() or self._can_be_journalled(path)
 
+    def all_remain(self, paths: Iterable[str]) -> bool:
+        """Whether `remains` is known to be true of all of them without asking for each."""
+        return not self._excluded and all(map(str.isascii, paths))
+
     def _can_be_journalled(self, path: str) -> bool:
         try:
             path.encode()
@@ -143,32 +154,66 @@ def listed_locally(selection: Selection) -> Listing:
 
 
 def _walk_folder(selection: Selection, found: Listing, full: str, prefix: str) -> list[tuple[os.DirEntry[str], str]]:
-    """Add the folder's files to `found`; its folders and their paths. This loop is what listing a million files costs,
-    beside asking the system for them."""
-    folders = []
-    is_named, remains = selection.is_named, selection.remains
+    """Add the folder's files to `found`; its folders and their paths."""
+    folders: list[tuple[os.DirEntry[str], str]] = []
     wanted = selection.takes_files_of(full.rstrip("/"))
-    add_path, add_size, add_version = found.paths.append, found.sizes.append, found.versions.append
     with os.scandir(full) as entries:
-        for entry in entries:
-            name = entry.name
-            try:
-                if entry.is_dir():
-                    if not left_out(name):
-                        folders.append((entry, prefix + name))
-                elif wanted and is_named(name):
-                    stat = entry.stat()
-                    path, size = prefix + name, stat.st_size
-                    if size and stat.st_mode & _KIND == S_IFREG and remains(path):
-                        add_path(path)
-                        add_size(size)
-                        add_version(stat.st_mtime_ns)
-            except FileNotFoundError:
-                continue  # deleted between the two looks, or a link to nothing
-            except OSError:
-                if not entry.is_symlink():
-                    raise
+        while some := list(islice(entries, _ENTRIES)):
+            if not wanted or not _add_plain(selection, found, some, prefix, folders):
+                folders += _add_each(selection, found, some, prefix, wanted=wanted)
     return folders
+
+
+def _add_plain(
+    selection: Selection,
+    found: Listing,
+    entries: Sequence[os.DirEntry[str]],
+    prefix: str,
+    folders: list[tuple[os.DirEntry[str], str]],
+) -> bool:
+    """What `_add_each` does, where nothing is peculiar about any of the entries; False, and nothing done, where
+    something may be. It takes no step of the interpreter for each: asking the system is then most of what listing a
+    million files costs."""
+    try:
+        inside = list(map(_is_folder, entries))
+        files: Sequence[os.DirEntry[str]] = list(compress(entries, map(not_, inside))) if any(inside) else entries
+        names = list(map(_name_of, files))
+        named = list(map(selection.is_named, names))
+        if not all(named):
+            files, names = list(compress(files, named)), list(compress(names, named))
+        stats = list(map(_stat_of, files))
+    except OSError:
+        return False
+    paths, sizes = list(map(prefix.__add__, names)), list(map(_size_of, stats))
+    if not (all(sizes) and all(map(S_ISREG, set(map(_mode_of, stats)))) and selection.all_remain(paths)):
+        return False
+    found.paths += paths
+    found.sizes += sizes
+    found.versions += map(_time_of, stats)
+    folders += [(entry, prefix + entry.name) for entry in compress(entries, inside) if not left_out(entry.name)]
+    return True
+
+
+def _add_each(
+    selection: Selection, found: Listing, entries: Iterable[os.DirEntry[str]], prefix: str, *, wanted: bool
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Add the files among the entries to `found`, if they are `wanted`; the folders among them, and their paths."""
+    for entry in entries:
+        name = entry.name
+        try:
+            if entry.is_dir():
+                if not left_out(name):
+                    yield entry, prefix + name
+            elif wanted and selection.is_named(name):
+                stat = entry.stat()
+                path, size = prefix + name, stat.st_size
+                if size and stat.st_mode & _KIND == S_IFREG and selection.remains(path):
+                    found.add(path, size, stat.st_mtime_ns)
+        except FileNotFoundError:
+            continue  # deleted between the two looks, or a link to nothing
+        except OSError:
+            if not entry.is_symlink():
+                raise
 
 
 def listed_by_store(fs: AbstractFileSystem, selection: Selection, query: str, *, by_name: bool) -> Listing:

@@ -1,4 +1,4 @@
-"""The spans of files that a stream has adopted, in columns.
+"""The spans of files that a stream has adopted, in columns, and the digests of those that were read.
 
 A span is bytes [start, stop) of a file, and the file's version when it was discovered; it is journalled as the row
 [path, start, stop, version]. There may be a million of them at a start, so everything that goes through all is one
@@ -8,12 +8,15 @@ pass over plain columns, and reading looks up single rows.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, repeat
-from operator import ne, sub
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, compress, count, repeat
+from operator import ne, or_, sub
 from typing import Any, NamedTuple
 
 from anytimed_adapters.streams.listing import Listing, Version
+
+_ROWS = 1024
+"""Taken in at a time: they stay in the processor's cache."""
 
 
 class Span(NamedTuple):
@@ -50,11 +53,13 @@ class Spans:
 
     def adopt(self, rows: Sequence[Sequence[Any]]) -> None:
         """Append rows as they come from the journal."""
+        for at in range(0, len(rows), _ROWS):
+            self._adopt(rows[at : at + _ROWS])
+
+    def _adopt(self, rows: Sequence[Sequence[Any]]) -> None:
         first = len(self._paths)
-        paths = [row[0] for row in rows]
-        starts = array("q", [row[1] for row in rows])
-        stops = array("q", [row[2] for row in rows])
-        versions = [row[3] for row in rows]
+        columns: list[list[Any]] = list(map(list, zip(*rows, strict=True)))
+        paths, starts, stops, versions = columns
         last = dict(zip(paths, range(first, first + len(paths)), strict=True))
         if len(last) == len(paths) and self._last.keys().isdisjoint(last.keys()):
             self._before.extend(repeat(-1, len(paths)))
@@ -69,8 +74,8 @@ class Spans:
                 self._before.append(before)
                 self._last[paths[i]] = first + i
         self._paths += paths
-        self._starts += starts
-        self._stops += stops
+        self._starts.extend(starts)
+        self._stops.extend(stops)
         self._versions += versions
         self._checked += versions
         total = self._ends.pop()
@@ -93,17 +98,14 @@ class Spans:
     def changed(self, listing: Listing) -> list[int]:
         """Rows of the listing that differ from what was adopted or last `note_checked`: new, grown, touched."""
         stops, checked = self._stops, self._checked
-        known = list(map(self._last.get, listing.paths))
-        if None not in known:  # as nearly always: then without a step of the interpreter for each
-            sizes = map(ne, map(stops.__getitem__, known), listing.sizes)  # type: ignore[arg-type]
-            versions = map(ne, map(checked.__getitem__, known), listing.versions)  # type: ignore[arg-type]
-            if not (any(sizes) or any(versions)):
-                return []
-        return [
-            row
-            for row, (last, size, version) in enumerate(zip(known, listing.sizes, listing.versions, strict=True))
-            if last is None or stops[last] != size or checked[last] != version
-        ]
+        known = list(map(self._last.get, listing.paths, repeat(-1)))
+        new = set(compress(count(), map((-1).__eq__, known))) if -1 in known else set()
+        if len(new) == len(known):
+            return list(range(len(known)))
+        # Without a step of the interpreter for each: of new ones, some other is compared.
+        sizes = map(ne, map(stops.__getitem__, known), listing.sizes)
+        versions = map(ne, map(checked.__getitem__, known), listing.versions)
+        return sorted(new.union(compress(count(), map(or_, sizes, versions))))
 
     def grown(self, listing: Listing) -> list[int]:
         """Rows of the listing whose file has more than one span."""
@@ -119,3 +121,45 @@ class Spans:
             self._longer.pop(last, None)
         else:
             self._longer[last] = (size, version)
+
+
+class Fingerprints:
+    """Digests of spans that were read to their end, by index: those of a start as they were given, those read since in
+    33 bytes each."""
+
+    def __init__(self) -> None:
+        self._given: Mapping[int, str] = {}
+        self._first = 0  # of the columns that follow
+        self._read = bytearray()
+        self._known = bytearray()
+
+    def give(self, digests: Mapping[int, str]) -> None:
+        """Kept, not copied: the caller leaves it as it is. Takes the place of what was known of the same spans."""
+        before, self._given = self._given, digests
+        for at, known in enumerate(self._known):
+            if known and self._first + at in digests:
+                self._known[at] = 0
+        for index, digest in before.items() if before is not digests else ():
+            if self.get(index) is None:
+                self.put(index, digest)
+
+    def put(self, index: int, digest: str) -> None:
+        """Of a span that was read now; SHA-256 in hex."""
+        if not self._known:
+            self._first = index
+        if index < self._first:  # a second pass begins
+            missing, self._first = self._first - index, index
+            self._known[:0], self._read[:0] = bytes(missing), bytes(32 * missing)
+        at = index - self._first
+        if at >= len(self._known):
+            missing = max(at + 1 - len(self._known), len(self._known) // 8)
+            self._known += bytes(missing)
+            self._read += bytes(32 * missing)
+        self._read[32 * at : 32 * at + 32] = bytes.fromhex(digest)
+        self._known[at] = 1
+
+    def get(self, index: int) -> str | None:
+        at = index - self._first
+        if 0 <= at < len(self._known) and self._known[at]:
+            return self._read[32 * at : 32 * at + 32].hex()
+        return self._given.get(index)
