@@ -26,7 +26,7 @@ from tests.crash.test_bit_for_bit import status_of
 from tests.crash.test_random_kills import BATCH, LENGTH, audit, held_out, write_records
 from tests.faultlog import FULL, Injected
 
-KILLS = 100 if FULL else 20
+KILLS = 20 if FULL else 4
 FED = 12
 """Records that come in during a life of the daemon: some 40 steps of training."""
 

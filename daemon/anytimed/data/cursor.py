@@ -215,8 +215,13 @@ class Cursor:
         if isinstance(self._stream, Closable):
             self._stream.close()
 
+    @property
+    def lag_unit(self) -> str:
+        """What `lag` counts."""
+        return str(getattr(self._stream, "lag_unit", "bytes"))
+
     def lag(self) -> int:
-        """What is adopted and not yet taken, in bytes (in records where bytes are not known)."""
+        """What is adopted and not yet taken."""
         return self._stream.lag(self.place)
 
     # --- reading ahead ------------------------------------------------------------------------------------------------

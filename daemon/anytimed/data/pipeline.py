@@ -259,6 +259,7 @@ class Pipeline:
             sources[name] = {
                 "entries": cursor.entries,
                 "lag_bytes": cursor.lag(),
+                "lag_unit": cursor.lag_unit,
                 "records": at.records,
                 "held_out": at.held_out,
                 "rejected": at.rejected,
