@@ -79,7 +79,7 @@ def test_data_added_while_it_runs_is_read_once_in_order_of_arrival(tmp_path: Pat
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
     journal = [json.loads(line)["entry"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    arrived = [entry["path"] for e in journal if e["kind"] == "discovered" for entry in e["entries"]]
+    arrived = [entry[0] for e in journal if e["kind"] == "discovered" for entry in e["entries"]]
     assert arrived == [*(f"m{i:04d}.txt" for i in range(12)), *(f"a{i:04d}.txt" for i in range(10)), "a0003.txt"]
     # Every byte once: a record is trained on, with an end token, or held out, as the hash of its content says.
     grown_by = len("and more, " * 60)
@@ -389,7 +389,7 @@ def test_a_worse_x_is_kept_aside_and_latest_stays(tmp_path: Path) -> None:
     """A learning rate that ruins the model: the gate compares with the published x, evaluated again on the hold-out in
     force, also after a restart."""
     tiny.write_text(tmp_path / "data", 300)
-    aligned = {"exports": {"every_steps": 20}, "evaluation": {"every_steps": 20}}
+    aligned = {"exports": {"every_steps": 20}, "evaluation": {"every_steps": 20}, "guard": {"skipped_steps": 0}}
     tiny.run("run", tiny.config(tmp_path, **aligned), "--steps", "60")
     good = json.loads((tmp_path / "published" / "latest.json").read_text())
     assert good["step"] == 60
@@ -409,7 +409,7 @@ def test_a_worse_x_is_kept_aside_and_latest_stays(tmp_path: Path) -> None:
 def test_an_x_ruined_between_evaluations_does_not_lower_the_bar(tmp_path: Path) -> None:
     """Exports come more often than evaluations: the first ruined ones slip out, then the gate closes and stays so."""
     tiny.write_text(tmp_path / "data", 300)
-    often = {"exports": {"every_steps": 9}, "evaluation": {"every_steps": 20}}
+    often = {"exports": {"every_steps": 9}, "evaluation": {"every_steps": 20}, "guard": {"skipped_steps": 0}}
     tiny.run("run", tiny.config(tmp_path, **often), "--steps", "60")
     told = tiny.run("run", tiny.config(tmp_path, **often, optimizer={"lr": 50.0, "aux_lr": 50.0}), "--steps", "130")
     assert "worse by more than 0.5 nats" in told, told
