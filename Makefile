@@ -1,7 +1,7 @@
 # make run     the daemon on configs/quickstart.toml (STEPS=300 stops it after 300 steps, CONFIG=… runs another file)
 # make test    the whole suite
 # make check   ruff, mypy, import contracts, systemd unit
-# make bench   the benchmarks, about 30 minutes on a quiet machine
+# make bench   the benchmarks, about an hour on a quiet machine
 # make faults  every fault of the list at every point, with the list of what was injected; as root, with strace; an hour or two
 # make fuzz    a hundred thousand hostile records and a thousand damaged shards, two minutes
 # make longrun x after a million steps of every optimizer, about an hour on two cores
@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/pull.py
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/stream_growth.py
 
 # torch first and alone: it is the large one, and the constraint names the exact version that every later resolve keeps.
 $(VENV)/.installed: $(INPUTS)

@@ -150,7 +150,7 @@ def test_a_poll_that_takes_long_is_not_all_that_is_done(tmp_path: Path) -> None:
         reader.poll()
     assert made > 20
     assert isinstance(got, Dry)
-    assert polled[0] < 10, "twenty times as long in between"
+    assert polled[0] < 10, "fifty times as long in between"
     before = polled[0]
     reader.poll()
     until(lambda: polled[0] > before)

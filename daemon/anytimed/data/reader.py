@@ -29,7 +29,7 @@ def read_one(pipeline: Pipeline) -> Batch | Dry:
     return outcome
 
 
-POLL_SHARE = 20.0
+POLL_SHARE = 50.0
 """While there is something to read, a poll comes no sooner than this many times as long as the last one took."""
 
 
