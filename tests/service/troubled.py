@@ -4,6 +4,7 @@ process. The text of the tests has none of these otherwise."""
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ class TroubledLlama(AuditedLlama):
             if (tokens == ord(RAISES)).any():
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             if (tokens == ord(ABORTS)).any():
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no dump in the folder that the tests run in
                 os.abort()
             if (tokens == ord(NAN)).any():
                 return found * torch.nan
