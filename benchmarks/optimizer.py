@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from chosen import names
 from contest import memory, parts, report
 from contest.contenders import CONTENDERS
 from contest.field import drop, enter, entries
@@ -157,15 +158,6 @@ def chosen(arguments: argparse.Namespace) -> list[str]:
 
 
 def parsed() -> argparse.Namespace:
-    def names(known: dict[str, Any]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            for name in text.split(","):
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name}: not one of {', '.join(known)}")
-            return text.split(",")
-
-        return split
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--shapes", type=names(SHAPES), help="of 27m, 1m, 124m, tiny; default 27m,1m; on a GPU 124m")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])

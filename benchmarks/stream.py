@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from chosen import names
 from rich.console import Console
 from throughput import report
 from throughput.corpus import BATCH_SIZE, FULL, QUICK, SEQUENCE_LENGTH, Corpus
@@ -172,15 +173,6 @@ def _version(package: str) -> str | None:
 
 
 def parsed() -> argparse.Namespace:
-    def names(known: Iterable[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            for name in text.split(","):
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name}: not one of {', '.join(known)}")
-            return text.split(",")
-
-        return split
-
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "anytimed-benchmarks"
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--quick", action="store_true", help="a small corpus, three short rounds, no file")

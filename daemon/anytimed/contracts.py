@@ -111,8 +111,8 @@ class SourceRule:
     weight: share of the draws, relative to the others. when_dry: what a draw does that finds nothing to read: wait for
     data, fall to the `others`, or `replay` the source from its beginning until it has been read `passes` times, and
     wait then. The source is read no further while more than `rejected_records` of its records and more than the
-    fraction `rejected_fraction` of them could not be read. `reads`: adapter and settings, without credentials; all but
-    `url`, where it lies, make the source the one it is."""
+    fraction `rejected_fraction` of them could not be read. `reads`: adapter and settings, without credentials, by which
+    it can be opened; `identity`: SHA-256 (hex) of those that make the source the one it is."""
 
     weight: float
     when_dry: Literal["wait", "others", "replay"] = "wait"
@@ -120,6 +120,7 @@ class SourceRule:
     rejected_fraction: float = 0.01
     rejected_records: int = 1000
     reads: Json = field(default_factory=dict)
+    identity: str = ""
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -132,16 +133,16 @@ class SourceRule:
 @dataclass(frozen=True, slots=True)
 class SourcePosition:
     """Where one source stands. `place` is the adapter's own JSON (None before the first record); then come counts, the
-    number of the pass (from 1), whether it is left out for want of data, and what it `reads` (SHA-256, hex)."""
+    number of the pass (from 1), whether it is left out for want of data, and its rule's `identity`."""
 
     place: Json | None = None
     records: int = 0
     held_out: int = 0
     rejected: int = 0
     tokens: int = 0
-    turn: int = 1
+    pass_number: int = 1
     dry: bool = False
-    reads: str = ""
+    identity: str = ""
 
     def to_json(self) -> Json:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -513,7 +514,10 @@ class Journal(Protocol):
         end."""
 
 
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+
+
 def chain(digest: str, entry: Json) -> str:
     """The digest of a journal scope after `entry`, given the one before it ("" for none): SHA-256, hex."""
-    line = json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    line = _canonical(entry)
     return hashlib.sha256(f"{digest}\n{line}".encode()).hexdigest()

@@ -32,6 +32,7 @@ _USER = re.compile(r"://[^/\s'\"]+@")
 _QUERY = re.compile(r"(://[^\s?'\"]+)\?[^\s'\"]+")
 _PARAMETER = re.compile(r"([?&][\w.-]*(?:token|signature|sig|secret|password|credential|key)[\w.-]*=)[^&\s'\"]+", re.I)
 _HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w+/=.~-]{8,}", re.I)
+_ANOTHER = re.compile(r"\s*,\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _kept: set[str] = set()
@@ -48,8 +49,9 @@ def credentials(url: str, options: Mapping[str, Any]) -> list[str]:
     """Every text that may be a credential, longest first, for one may hold another: user and password of the URL, and
     all options but those known to be harmless."""
     found = set()
-    user, _, password = _user_of(url).partition(":")
-    found |= {user, unquote(user), password, unquote(password)}
+    for one in _each(url):
+        user, _, password = _user_of(one).partition(":")
+        found |= {user, unquote(user), password, unquote(password)}
     for value in re.findall(r"[?&][^=&]*=([^&#]+)", url):
         found |= {value, unquote(value)}
     found |= set(_leaves(options))
@@ -87,9 +89,12 @@ def in_environment(environment: Mapping[str, str]) -> list[str]:
 
 
 def without_credentials(url: str) -> str:
-    """A URL as it may be published: no user, password, query or fragment."""
-    if "://" not in url:
-        return url
+    """A URL as it may be published: no user, password, query or fragment. Of a list of URLs, separated by commas, each
+    of them."""
+    return ",".join(map(_without_credentials, _each(url))) if "://" in url else url
+
+
+def _without_credentials(url: str) -> str:
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -119,6 +124,11 @@ def told(text: str, secrets: Iterable[str] = ()) -> str:
     text = _QUERY.sub(r"\1?***", _USER.sub("://***@", text))
     text = _HEADER.sub(r"\1 ***", _PARAMETER.sub(r"\1***", text))
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _each(url: str) -> list[str]:
+    """The URLs of a list such as a cluster's servers are."""
+    return _ANOTHER.split(url)
 
 
 def _user_of(url: str) -> str:

@@ -4,11 +4,14 @@ are refused by name. What the daemon needs beyond that: a broker that does not a
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 import uuid
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -181,3 +184,24 @@ def refuses_to_hang(stream: Stream, place: Json, within_s: float) -> str:
 
 def finished(items: list[tuple[object, Json]]) -> list[int]:
     return [item.entry for item, _ in items if isinstance(item, Finished)]
+
+
+def keeps_no_process(stream: Stream, settings: dict[str, Any], first: str, kill: Callable[[], None]) -> None:
+    """A process that has read the `first` document of such a stream ends by itself after its broker was killed, and has
+    nothing to say."""
+    adapter = type(stream)
+    program = (
+        f"from {adapter.__module__} import {adapter.__name__} as Adapter\n"
+        f"stream = Adapter(Adapter.Settings(**{settings!r}), 'fed')\n"
+        "stream.adopt(stream.discover()); print(next(iter(stream.read(None)))[0].text, flush=True); input()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None and process.stdout.readline() == f"{first}\n"
+    finally:
+        kill()
+    _, said = process.communicate("\n", timeout=10)
+    assert (process.returncode, said) == (0, "")

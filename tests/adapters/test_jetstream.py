@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,13 @@ import pytest
 from anytimed.contracts import ConfigError, Record, Refused, Rejected, StreamUnavailable
 from anytimed.testing.streams import texts
 from anytimed_adapters.streams.jetstream import JetStream
-from tests.adapters.broker_contract import BrokerContract, answers_again, read_through, refuses_to_hang
+from tests.adapters.broker_contract import (
+    BrokerContract,
+    answers_again,
+    keeps_no_process,
+    read_through,
+    refuses_to_hang,
+)
 from tests.adapters.brokers import NatsClient, NatsServer
 
 
@@ -293,16 +297,4 @@ def test_no_thread_keeps_the_process(server: NatsServer) -> None:
     client = NatsClient(server.url)
     made(client, "ending", ["one", "two"])
     client.close()
-    program = (
-        "from anytimed_adapters.streams.jetstream import JetStream\n"
-        f"stream = JetStream(JetStream.Settings(url={server.url!r}, stream='ending'), 'fed')\n"
-        "stream.adopt(stream.discover()); print(next(iter(stream.read(None)))[0].text, flush=True); input()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "one\n"
-    server.kill()
-    _, said = process.communicate("\n", timeout=10)
-    assert (process.returncode, said) == (0, "")
+    keeps_no_process(over(server, "ending"), {"url": server.url, "stream": "ending"}, "one", server.kill)

@@ -5,8 +5,6 @@ stream there, as a client sees it of a real broker."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from confluent_kafka.admin import AdminClient
 from anytimed.contracts import ConfigError, Record, Refused, Rejected, StreamUnavailable
 from anytimed.testing.streams import texts
 from anytimed_adapters.streams.kafka_topic import KafkaTopic
-from tests.adapters.broker_contract import BrokerContract, read_through, refuses_to_hang
+from tests.adapters.broker_contract import BrokerContract, keeps_no_process, read_through, refuses_to_hang
 from tests.adapters.brokers import KafkaCluster, KafkaProcess
 
 
@@ -271,21 +269,8 @@ def test_brokers_that_hang_or_are_killed_are_left_in_time() -> None:
 
 def test_no_thread_keeps_the_process() -> None:
     cluster = KafkaProcess("ending", 2)
-    program = (
-        "from anytimed_adapters.streams.kafka_topic import KafkaTopic\n"
-        f"stream = KafkaTopic(KafkaTopic.Settings(servers={cluster.servers!r}, topic='ending'), 'fed')\n"
-        "stream.adopt(stream.discover()); print(next(iter(stream.read(None)))[0].text, flush=True); input()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "document 0\n"
-    finally:
-        cluster.kill()
-    _, said = process.communicate("\n", timeout=10)
-    assert (process.returncode, said) == (0, "")
+    where = {"servers": cluster.servers, "topic": "ending"}
+    keeps_no_process(KafkaTopic(KafkaTopic.Settings(**where), "fed"), where, "document 0", cluster.kill)
 
 
 def test_user_and_password_are_never_told(shared: KafkaCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def test_messages_as_json_and_as_text(shared: RedisServer) -> None:
     reasons = [item.reason for item in as_json if isinstance(item, Rejected)]
     for reason, said in zip(
         reasons,
-        ("not JSON", "list, expected a JSON object", "no field 'body'", "is int, expected", "2000 bytes", "no value"),
+        ("not JSON", "list, expected an object", "no field 'body'", "is int, expected", "2000 bytes", "no value"),
         strict=True,
     ):
         assert said in reason

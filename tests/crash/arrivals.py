@@ -33,7 +33,7 @@ def of_text(content: bytes) -> bytes:
 
 
 def of_tokens(content: bytes) -> bytes:
-    return np.array([*content, END], "<i4").tobytes()
+    return b"uint16" + np.array([*content, END], "<u2").tobytes()
 
 
 def ids(contents: Sequence[bytes]) -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from anytimed.contracts import Json
 from tests import tiny
 from tests.adapters.brokers import KafkaCluster, NatsClient, NatsServer, RedisServer, Server
 from tests.crash import audited
+from tests.crash.lives import killed, stopped_when_dry, until_it_commits, until_it_trains
 from tests.crash.test_bit_for_bit import status_of
 from tests.crash.test_random_kills import BATCH, LENGTH, audit, held_out, write_records
 from tests.faultlog import FULL, Injected
@@ -107,13 +106,6 @@ def configured(folder: Path, broker: Broker) -> Path:
     )
 
 
-def until_it_trains(folder: Path, pid: int) -> None:
-    until = time.monotonic() + 60
-    while status_of(folder).get("pid") != pid:
-        assert time.monotonic() < until, "it did not begin to train"
-        time.sleep(0.01)
-
-
 @pytest.mark.fault(18)
 @pytest.mark.timeout(3600)
 def test_killed_at_random_each_message_is_trained_on_once(tmp_path: Path, broker: Broker, injected: Injected) -> None:
@@ -132,7 +124,8 @@ def test_killed_at_random_each_message_is_trained_on_once(tmp_path: Path, broker
         feed(FED // 2)
         process = tiny.start("run", config, *allow, **environment)
         try:
-            until_it_trains(lived, process.pid)
+            until_it_trains(lived, process)
+            until_it_commits(lived, process)
             feed(FED // 2)
             time.sleep(draw.uniform(0.0, 0.6))
             if broker.server is not None and kill % 4 == 1:
@@ -143,26 +136,13 @@ def test_killed_at_random_each_message_is_trained_on_once(tmp_path: Path, broker
                     broker.server.start()
                     time.sleep(draw.uniform(0.0, 0.6))
         finally:
-            process.kill()
-            output, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, output
+            killed(process)
         if broker.server is not None and kill % 8 == 5:
             broker.server.start()
         injected(18, f"{type(broker).__name__}: kill {kill}, step {status_of(lived).get('step')}")
     feed(FED)
     process = tiny.start("run", config, *allow, **environment)
-    assert process.stdout is not None
-    patience = threading.Timer(120, process.kill)
-    patience.start()
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "waiting for data" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    patience.cancel()
-    assert process.returncode == 0, "".join(said) + output
+    stopped_when_dry(process)
 
     steps = int(tiny.newest_commit(lived).name.rpartition("-")[2])
     undisturbed = configured(told, broker)

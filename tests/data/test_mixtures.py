@@ -243,7 +243,7 @@ def test_a_source_is_read_again_as_often_as_it_says(tmp_path: Path) -> None:
     assert pipeline.status()["sources"]["a"]["records"] == 3 * 12
     assert {counts[token] for token in written(world)["a"]} <= {2, 3}, "but for the first and what waits, three times"
     assert {counts[token] for token in written(world)["b"]} <= {0, 1}
-    assert pipeline.status()["sources"]["a"]["turn"] == 3
+    assert pipeline.status()["sources"]["a"]["pass_number"] == 3
     assert isinstance(dry := pipeline.next_batch(), Dry)
     assert set(dry.reasons) == {"a"}, "after its passes it is waited for"
     finished = [i for e in journal.entries("data") if e["kind"] == "finished" for i in e["sources"].get("a", {})]

@@ -402,10 +402,12 @@ def test_what_a_start_could_not_verify_is_verified_before_it_is_read(tmp_path: P
 
 
 def test_refuses_a_source_that_reads_something_else(tmp_path: Path) -> None:
-    world, journal, made = lived_to_the_end(tmp_path)
+    world = static_world(tmp_path)
+    journal = MemoryJournal()
+    made = list(batches(world.pipeline(journal, texts={"reads": {"url": "data"}, "identity": "a"})))
     with pytest.raises(ConfigError, match=r"source 'texts' reads something else than before: .*another"):
-        world.pipeline(journal, made[0].position, texts={"reads": {"text_field": "another"}})
-    world.pipeline(journal, made[0].position, texts={"reads": {"url": "data that was moved"}})
+        world.pipeline(journal, made[0].position, texts={"reads": {"text_field": "another"}, "identity": "b"})
+    world.pipeline(journal, made[0].position, texts={"reads": {"url": "data that was moved"}, "identity": "a"})
 
 
 @pytest.mark.parametrize("drop", [0, 1, -1])

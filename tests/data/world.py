@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,8 @@ from anytimed.contracts import (
 from anytimed.data.encoding import Rebuild
 from anytimed.data.pipeline import Pipeline
 from anytimed.data.tokenizing import tokenizing
-from anytimed_adapters.streams import files
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.text import TextFiles
-
-files._LISTING_KEEPS_S = -1.0
-"""What a start has listed would hide what a test writes a moment later."""
 
 END = 0
 NEVER = Rebuild(AdapterTable(type="none"), "", Path(), ())
@@ -135,9 +132,11 @@ class World:
                 opened.write(content)
 
     def streams(self) -> dict[str, Stream]:
+        # A minute passes with every look: what a start has listed would hide what a test writes a moment later.
+        clock = count(step=60.0).__next__
         make: dict[str, Callable[[str], Stream]] = {
-            "jsonl": lambda name: JsonLines(JsonLines.Settings(url=f"{self.folder}/{name}/*.jsonl"), name),
-            "text": lambda name: TextFiles(TextFiles.Settings(url=f"{self.folder}/{name}/*.txt"), name),
+            "jsonl": lambda name: JsonLines(JsonLines.Settings(url=f"{self.folder}/{name}/*.jsonl"), name, clock=clock),
+            "text": lambda name: TextFiles(TextFiles.Settings(url=f"{self.folder}/{name}/*.txt"), name, clock=clock),
         }
         return {name: make[kind](name) for name, kind in self.formats.items()}
 
@@ -151,7 +150,7 @@ class World:
         streams = settings.pop("streams", None) or self.streams()
         tokenizer = NumberTokenizer()
         pipeline = Pipeline(
-            rules, lambda name, reads: streams[name], tokenizer, tokenizing(tokenizer, 0, NEVER), journal, **settings
+            rules, lambda name, rule: streams[name], tokenizer, tokenizing(tokenizer, 0, NEVER), journal, **settings
         )
         pipeline.restore(stored(position) if position else Position())
         return pipeline

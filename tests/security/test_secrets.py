@@ -20,6 +20,7 @@ import pytest
 
 from anytimed.contracts import AnytimedError
 from anytimed.service.control import ask
+from anytimed.urls import credentials, kept_in, public, without_credentials
 from tests import tiny
 from tests.security.hostile_server import serving
 from tests.service.test_daemon import status, until
@@ -262,3 +263,12 @@ def test_errors_are_told_without_secrets_to_whoever_asks_the_socket() -> None:
     urls.keep_secret(["planted-for-the-socket"])
     error = AnytimedError("no planted-for-the-socket, http://a:b@c/?x=y and \x1b[2Jforged\rline")
     assert urls.told(str(error)) == "no ***, http://***@c/?*** and \\x1b[2Jforged\\x0dline"
+
+
+def test_every_url_of_a_list_keeps_its_credentials_to_itself() -> None:
+    servers = f"nats://ada:{PASSWORD}@one:4222, nats://bob:another-{PASSWORD}@two:4222"
+    assert without_credentials(servers) == "nats://one:4222,nats://two:4222"
+    assert {PASSWORD, f"another-{PASSWORD}"} <= set(credentials(servers, {}))
+    assert {PASSWORD, f"another-{PASSWORD}"} <= set(kept_in({"url": servers}))
+    assert public({"url": servers}) == {"url": "nats://one:4222,nats://two:4222"}
+    assert without_credentials("s3://bucket/a,b/*.txt") == "s3://bucket/a,b/*.txt", "a comma in a name is no list"

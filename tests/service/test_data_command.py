@@ -245,7 +245,7 @@ def test_a_commit_says_what_was_read_and_the_source_what_comes_next(tmp_path: Pa
     assert found.commit["block"] == state["position"]["block"] > 0
     for name, at in state["position"]["sources"].items():
         row = found.rows[name]
-        told = {key: getattr(row, key) for key in ("records", "held_out", "rejected", "tokens", "place", "turn")}
+        told = {key: getattr(row, key) for key in ("records", "held_out", "rejected", "tokens", "place", "pass_number")}
         assert told == {key: at[key] for key in told}
         assert row.records + row.held_out > 0
     main = found.rows["main"]
@@ -268,7 +268,7 @@ def test_beside_a_daemon_the_figures_are_its_own_and_it_trains_on_undisturbed(tm
         assert found["daemon"] == {"step": status["step"], "pid": process.pid}
         for name, source in status["sources"].items():
             row = found["sources"][name]
-            keys = ("records", "held_out", "tokens", "entries", "share", "turn", "place")
+            keys = ("records", "held_out", "tokens", "entries", "share", "pass_number", "place")
             assert [row[key] for key in keys] == [source[key] for key in keys]
             assert row["lag"] == source["lag_bytes"]
             assert row["left_out"] is source["dry"]

@@ -200,6 +200,26 @@ def test_a_reload_that_cannot_be_changes_nothing_and_says_why(tmp_path: Path) ->
         run.step()
 
 
+def test_a_setting_that_makes_no_other_source_takes_effect_without_a_change_of_the_mixture(tmp_path: Path) -> None:
+    data(tmp_path)
+    written(tmp_path, {"a": 1.0}, {"sources.a": {"exclude": ["a03*.txt"]}})
+
+    def entries() -> int:
+        return int(run.daemon._reader.status()["sources"]["a"]["entries"])
+
+    with Run(tmp_path) as run:
+        for _ in range(3):
+            run.step()
+        assert entries() == DOCUMENTS - 100
+        written(tmp_path, {"a": 1.0}, {"sources.a": {"exclude": []}})
+        run.reload()
+        while isinstance(run.daemon._reader.get(30), Batch):
+            pass  # until there is nothing more to read
+        assert entries() == DOCUMENTS
+    kinds = [json.loads(line)["entry"]["kind"] for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
+    assert kinds.count("mixture") == 1
+
+
 @pytest.mark.parametrize("live", [True, False])
 def test_evaluations_change_their_interval_at_a_step_that_is_journalled(tmp_path: Path, live: bool) -> None:
     tiny.write_text(tmp_path / "data", 100)

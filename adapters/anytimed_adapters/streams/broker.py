@@ -32,8 +32,11 @@ Entry = list[Any]
 
 
 class BrokerStream(ABC):
-    """A `Stream` over spans of a log; an adapter says how they are found and read. `secrets`: never to be told."""
+    """A `Stream` over spans of a log; an adapter says how they are found and read. `secrets`: never to be told.
 
+    passing_settings: those whose change makes no other source of it."""
+
+    passing_settings: ClassVar[frozenset[str]] = frozenset({"url", "timeout_s"})
     lag_unit: ClassVar[str] = "messages"
 
     def __init__(self, settings: MessageSettings, name: str, secrets: Sequence[str]) -> None:

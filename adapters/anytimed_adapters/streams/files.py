@@ -18,15 +18,14 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
-import numpy as np
 from fsspec.utils import glob_translate
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anytimed.contracts import Finished, Json, Record, Rejected
 from anytimed_adapters.streams.listing import Listing, Version
+from anytimed_adapters.streams.records import Errors
 from anytimed_adapters.streams.spans import Fingerprints, Spans
 from anytimed_adapters.streams.store import FileStore, Vanished
 
@@ -69,7 +68,7 @@ class FileSettings(BaseModel):
         "changed for this long, in seconds; only where the store shows files that are still being written.",
     )
     max_record_bytes: int = Field(default=16 << 20, gt=0, description="Longer records are set aside in quarantine.")
-    encoding_errors: Literal["replace", "reject"] = Field(
+    encoding_errors: Errors = Field(
         default="replace",
         description="What is not UTF-8: replaced by U+FFFD, or the record is set aside in quarantine.",
     )
@@ -87,7 +86,7 @@ class FileStream(ABC):
 
     passing_settings: those whose change makes no other source of it. clock, wall_clock: seconds, for `settle_s`."""
 
-    passing_settings: ClassVar[frozenset[str]] = frozenset({"exclude", "settle_s"})
+    passing_settings: ClassVar[frozenset[str]] = frozenset({"url", "exclude", "settle_s"})
 
     def __init__(
         self,
@@ -212,32 +211,6 @@ class FileStream(ABC):
         """Whether such a file is left alone until it is no longer written to."""
         return False
 
-    # --- records ------------------------------------------------------------------------------------------------------
-
-    def _record(self, text: str) -> Record | Rejected:
-        """A record of the text; its digest is of the text in UTF-8, so that equal texts are equal in any file
-        format."""
-        try:
-            content = text.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
-            if self._settings.encoding_errors == "reject":
-                return Rejected(f"the text is not Unicode: {error}", sha256(text.encode("utf-8", "surrogatepass")))
-            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            content = text.encode()
-        return Record(text, sha256(content))
-
-    def _decoded(self, content: bytes | bytearray | memoryview, what: str) -> Record | Rejected:
-        """A record of UTF-8 bytes. what: opens the reason if they are none."""
-        try:
-            return Record(str(content, "utf-8"), sha256(content))
-        except UnicodeDecodeError as error:
-            if self._settings.encoding_errors == "reject":
-                return Rejected(f"{what} is not UTF-8: {error.reason} at byte {error.start}", sha256(content))
-            return self._record(str(content, "utf-8", "replace"))
-
-    def _too_long(self, size: int, digest: str) -> Rejected:
-        return Rejected(f"{size} bytes, the most is max_record_bytes = {self._settings.max_record_bytes}", digest)
-
     # --- comparing ----------------------------------------------------------------------------------------------------
 
     def _compare(self, index: int, expected: str, found: str) -> None:
@@ -274,17 +247,6 @@ class FileStream(ABC):
         since = before[2] if before and before[:2] == (size, version) else self._clock()
         self._unsettled[path] = (size, version, since)
         return self._clock() - since >= settle_s
-
-
-def sha256(content: bytes | bytearray | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def sha256_of_tokens(tokens: NDArray[np.integer[Any]]) -> str:
-    """Of a record of tokens: over the name of their type and their bytes. tokens: shape (n,), n > 0, in one piece."""
-    digest = hashlib.sha256(tokens.dtype.name.encode())
-    digest.update(tokens.data.cast("B"))
-    return digest.hexdigest()
 
 
 def torn(reason: str, digest: str) -> Rejected:

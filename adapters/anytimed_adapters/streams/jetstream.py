@@ -55,6 +55,8 @@ T = TypeVar("T")
 class JetStream(BrokerStream):
     """A `Stream`, acknowledged, over the messages of one JetStream stream."""
 
+    passing_settings = BrokerStream.passing_settings | {"on_commit"}
+
     class Settings(MessageSettings):
         """Where the stream is, and what becomes of what was read."""
 

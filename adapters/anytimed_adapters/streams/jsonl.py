@@ -10,8 +10,8 @@ A span of a compressed file is whole members or frames: its lines are its own, a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from hashlib import sha256
 from typing import Any
 
 from pydantic import Field
@@ -20,6 +20,7 @@ from anytimed.contracts import Record, Rejected
 from anytimed_adapters.streams.compression import compression
 from anytimed_adapters.streams.content import Content, ContentSettings, ContentStream
 from anytimed_adapters.streams.json_text import DEEPEST, field_of, is_object
+from anytimed_adapters.streams.records import of_text, sha256, too_long
 
 _LOOK_BACK_BYTES = 64 << 10
 
@@ -63,7 +64,7 @@ class JsonLines(ContentStream):
                     item = self._item_of(line, first)
                     line = _Line(most)
                 elif len(taken) > most + 1:
-                    item = self._too_long(len(taken), sha256(taken).hexdigest())
+                    item = too_long(len(taken), most, sha256(taken))
                 else:
                     item = self._item(taken, first)
                 first = False
@@ -80,7 +81,7 @@ class JsonLines(ContentStream):
 
     def _item_of(self, line: _Line, first: bool) -> Record | Rejected | None:
         if line.content is None:
-            return self._too_long(line.size, line.digest())
+            return too_long(line.size, self._settings.max_record_bytes, line.digest())
         return self._item(bytes(line.content), first)
 
     def _item(self, line: bytes, first: bool) -> Record | Rejected | None:
@@ -89,7 +90,7 @@ class JsonLines(ContentStream):
             text = line.decode("utf-8", self._errors)
         except UnicodeDecodeError as error:
             told = f"the line is not UTF-8: {error.reason} at byte {error.start}"
-            return Rejected(told, sha256(line).hexdigest())
+            return Rejected(told, sha256(line))
         if first:
             text = text.removeprefix("\ufeff")
         if not text or text.isspace():
@@ -97,8 +98,8 @@ class JsonLines(ContentStream):
         try:
             content = field_of(text, self._settings.text_field, self._settings.max_nesting)
         except ValueError as error:
-            return Rejected(f"the line is {error}", sha256(line).hexdigest())
-        return self._record(content)
+            return Rejected(f"the line is {error}", sha256(line))
+        return of_text(content, self._settings.encoding_errors)
 
     def _line_start(self, index: int) -> int:
         """Where the line begins that the span's first byte is part of, as far as no span before has given it out."""
@@ -137,7 +138,7 @@ class _Line:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._hash = sha256()
+        self._hash = hashlib.sha256()
         self.content: bytearray | None = bytearray()
         self.size = 0
 

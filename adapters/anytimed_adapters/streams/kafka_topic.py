@@ -40,6 +40,8 @@ _ENVIRONMENT = {"sasl.username": "KAFKA_SASL_USERNAME", "sasl.password": "KAFKA_
 class KafkaTopic(BrokerStream):
     """A `Stream`, acknowledged, over the partitions of one topic."""
 
+    passing_settings = BrokerStream.passing_settings | {"servers", "group", "span_offsets"}
+
     class Settings(MessageSettings):
         """Where the topic is, and in what portions it is read."""
 

@@ -6,16 +6,15 @@ neither is rejected with a reason and passed over; its digest is of its bytes as
 
 from __future__ import annotations
 
-import json
-from hashlib import sha256
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from anytimed.contracts import Record, Rejected
+from anytimed_adapters.streams.json_text import DEEPEST
+from anytimed_adapters.streams.records import Errors, of_bytes, of_object, sha256, too_long
 
-_SHOWN_CHARACTERS = 300
-"""Of an object's keys, which may be as long as the message."""
+_EMPTY = sha256(b"")
 
 
 class MessageSettings(BaseModel):
@@ -28,7 +27,10 @@ class MessageSettings(BaseModel):
     )
     text_field: str = Field(default="text", description="With format = json: the object's field with the document.")
     max_record_bytes: int = Field(default=16 << 20, gt=0, description="Longer messages are set aside in quarantine.")
-    encoding_errors: Literal["replace", "reject"] = Field(
+    max_nesting: int = Field(
+        default=100, gt=0, le=DEEPEST, description="With format = json: deeper messages are set aside in quarantine."
+    )
+    encoding_errors: Errors = Field(
         default="replace",
         description="What is not UTF-8: replaced by U+FFFD, or the message is set aside in quarantine.",
     )
@@ -39,44 +41,10 @@ class MessageSettings(BaseModel):
 
 def document(value: bytes | None, settings: MessageSettings) -> Record | Rejected:
     """The record of a message. None: a message without a value, such as Kafka's mark of a deletion."""
-    content = value or b""
-    digest = sha256(content).hexdigest()
-    if not content:
-        return Rejected("the message has no value, expected text" if value is None else "the message is empty", digest)
-    if len(content) > settings.max_record_bytes:
-        return Rejected(f"{len(content)} bytes, the most is max_record_bytes = {settings.max_record_bytes}", digest)
-    try:
-        text = content.decode("utf-8", "strict" if settings.encoding_errors == "reject" else "replace")
-    except UnicodeDecodeError as error:
-        return Rejected(f"the message is not UTF-8: {error}", digest)
+    if not value:
+        return Rejected("the message has no value, expected text" if value is None else "the message is empty", _EMPTY)
+    if len(value) > settings.max_record_bytes:
+        return too_long(len(value), settings.max_record_bytes, sha256(value))
     if settings.format == "text":
-        return _record(text, settings, digest)
-    return _of_object(text, settings, digest)
-
-
-def _of_object(text: str, settings: MessageSettings, digest: str) -> Record | Rejected:
-    try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Rejected(f"the message is not JSON: {error}", digest)
-    if not isinstance(value, dict):
-        return Rejected(f"the message is {type(value).__name__}, expected a JSON object", digest)
-    if settings.text_field not in value:
-        return Rejected(f"no field {settings.text_field!r}, found {sorted(value)}"[:_SHOWN_CHARACTERS], digest)
-    inner = value[settings.text_field]
-    if not isinstance(inner, str) or not inner:
-        told = "empty" if inner == "" else type(inner).__name__
-        return Rejected(f"field {settings.text_field!r} is {told}, expected text", digest)
-    return _record(inner, settings, digest)
-
-
-def _record(text: str, settings: MessageSettings, digest: str) -> Record | Rejected:
-    """Its digest is of the text in UTF-8, so that equal texts are equal in any source."""
-    try:
-        content = text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
-        if settings.encoding_errors == "reject":
-            return Rejected(f"the text is not Unicode: {error}", digest)
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        content = text.encode()
-    return Record(text, sha256(content).hexdigest())
+        return of_bytes(value, settings.encoding_errors, "the message")
+    return of_object(value, settings.text_field, settings.max_nesting, settings.encoding_errors, "the message")

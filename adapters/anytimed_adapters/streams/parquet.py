@@ -24,7 +24,8 @@ from pydantic import Field
 
 from anytimed.contracts import Json, Record, Rejected
 from anytimed_adapters.streams.compression import Torn
-from anytimed_adapters.streams.files import AT_END, FileSettings, FileStream, Items, sha256, sha256_of_tokens, torn
+from anytimed_adapters.streams.files import AT_END, FileSettings, FileStream, Items, torn
+from anytimed_adapters.streams.records import of_bytes, sha256, sha256_of_tokens, too_long
 from anytimed_adapters.streams.spans import Span
 from anytimed_adapters.streams.store import FileStore
 
@@ -149,11 +150,11 @@ class ParquetFiles(FileStream):
             start, stop = offsets[i], offsets[i + 1]
             content = data[start:stop]
             if stop - start > most:
-                yield self._too_long(stop - start, sha256(content))
+                yield too_long(stop - start, most, sha256(content))
             elif start == stop:
                 yield Rejected("the row is empty", _EMPTY)
             else:
-                yield self._decoded(content, "the row")
+                yield of_bytes(content, self._settings.encoding_errors, "the row")
 
     def _grows(self, path: str) -> bool:
         return False

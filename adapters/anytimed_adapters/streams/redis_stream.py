@@ -35,6 +35,8 @@ _LAST = (1 << 64) - 1
 class RedisStream(BrokerStream):
     """A `Stream`, acknowledged, over the entries of one Redis Stream."""
 
+    passing_settings = BrokerStream.passing_settings | {"group", "trim"}
+
     class Settings(MessageSettings):
         """Where the stream is, and what becomes of what was read."""
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 
 from anytimed.contracts import Record, Rejected
 from anytimed_adapters.streams.content import Content, ContentSettings, ContentStream
+from anytimed_adapters.streams.records import of_bytes, too_long
 
 
 class TextFiles(ContentStream):
@@ -27,6 +28,6 @@ class TextFiles(ContentStream):
             if size <= self._settings.max_record_bytes:
                 text += piece
         if size > self._settings.max_record_bytes:
-            yield self._too_long(size, whole.hexdigest()), at + size
+            yield too_long(size, self._settings.max_record_bytes, whole.hexdigest()), at + size
         elif size:
-            yield self._decoded(text, self._spans[index].path), at + size
+            yield of_bytes(text, self._settings.encoding_errors, self._spans[index].path), at + size

@@ -7,9 +7,9 @@ An archive that ends between two members is whole; blocks of zeros are passed ov
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Iterator
-from hashlib import sha256
 from typing import Any
 
 from pydantic import Field
@@ -17,7 +17,8 @@ from pydantic import Field
 from anytimed.contracts import Record, Rejected
 from anytimed_adapters.streams.compression import Torn, compression
 from anytimed_adapters.streams.content import Content, ContentSettings, ContentStream
-from anytimed_adapters.streams.json_text import DEEPEST, field_of
+from anytimed_adapters.streams.json_text import DEEPEST
+from anytimed_adapters.streams.records import of_bytes, of_object, sha256, too_long
 
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
@@ -80,28 +81,20 @@ class TarFiles(ContentStream):
 
     def _member_item(self, content: Content, name: str, size: int) -> Record | Rejected:
         if size > self._settings.max_record_bytes:
-            whole, left = sha256(), size
+            whole, left = hashlib.sha256(), size
             while left > 0 and (piece := content.read(min(left, _MOST_HEADER_BYTES))):
                 whole.update(piece)
                 left -= len(piece)
             if left or len(content.read(_padded(size) - size)) < _padded(size) - size:
                 raise Torn(f"it ends inside member {_shown(name)}")
-            return self._too_long(size, whole.hexdigest())
+            return too_long(size, self._settings.max_record_bytes, whole.hexdigest())
         data = _data(content, size, size)
         if not data:
-            return Rejected(f"member {_shown(name)} is empty", sha256(data).hexdigest())
-        if not self._is_json:
-            return self._decoded(data, f"member {_shown(name)}")
-        try:
-            text = data.decode("utf-8", "strict" if self._settings.encoding_errors == "reject" else "replace")
-            return self._record(
-                field_of(text.removeprefix("\ufeff"), self._settings.text_field, self._settings.max_nesting)
-            )
-        except UnicodeDecodeError as error:
-            told = f"not UTF-8: {error.reason} at byte {error.start}"
-        except ValueError as error:
-            told = f"{error}"
-        return Rejected(f"member {_shown(name)} is {told}", sha256(data).hexdigest())
+            return Rejected(f"member {_shown(name)} is empty", sha256(data))
+        what, settings = f"member {_shown(name)}", self._settings
+        if self._is_json:
+            return of_object(data, settings.text_field, settings.max_nesting, settings.encoding_errors, what)
+        return of_bytes(data, settings.encoding_errors, what)
 
     def _is_wanted(self, name: str) -> bool:
         base = name.rpartition("/")[2].lower()

@@ -38,8 +38,6 @@ from anytimed.data.tokenizing import Pending, Tokenizing
 GROUP_RECORDS = 128
 GROUP_CHARACTERS = 256 << 10
 """A group ends with the record that brings it to one of these."""
-GROUPS = 4
-"""Read ahead, beyond the one in use, where tokenizing happens elsewhere."""
 
 
 class Interrupted(Exception):
@@ -60,11 +58,13 @@ class Taken:
 
 @dataclass(slots=True)
 class _Group:
-    """Records that were read together; `pending` gives the tokens of those that are texts."""
+    """Records that were read together; `pending` gives the tokens of those that are texts. characters: of these, or
+    tokens of records that hold them."""
 
     taken: deque[Taken] = field(default_factory=deque)
     texts: list[str] = field(default_factory=list)
     pending: Pending | None = None
+    characters: int = 0
 
     def settle(self, tokenizing: Tokenizing) -> None:
         """Give every text its tokens; waits for them. A text that cannot be encoded is a rejected record."""
@@ -101,8 +101,8 @@ class Cursor:
     """One source, read record by record.
 
     `reason` says why the last `take` gave nothing; `exhausted` that it was because every adopted entry has been read,
-    and not because the source did not answer. `undiscovered` is why the last `discover` failed, None if it did not.
-    `entries` have been adopted.
+    and not because the source did not answer. `undiscovered` and `unacknowledged` are why the last `discover` and the
+    last `acknowledge` failed, None if they did not. `entries` have been adopted.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class Cursor:
         self._items: Iterator[tuple[Record | Rejected | Finished, Json]] | None = None
         self._riding: dict[int, str] = {}
         self._groups: deque[_Group] = deque()
+        self._ahead = 0  # characters in the groups
         self._due = True
         self._failure: AnytimedError | None = None
         self._told = -1  # the last entry whose end was told; a second pass tells nothing new
@@ -130,6 +131,7 @@ class Cursor:
         self.exhausted = False
         self.reason = ""
         self.undiscovered: str | None = None
+        self.unacknowledged: str | None = None
 
     def finished_before(self, finished: Mapping[int, str]) -> None:
         """Entries, adopted already, that were read to their end before the place; they are checked, now or when the
@@ -177,7 +179,7 @@ class Cursor:
         if self._due:
             # Once a group, not once a record: a source that has ended, or does not answer, is not asked every time.
             self._due = False
-            while len(self._groups) < GROUPS and self._fill():
+            while (not self._groups or self._ahead < self._tokenizing.ahead) and self._fill():
                 pass
         if not self._groups:
             self._due = True
@@ -191,7 +193,7 @@ class Cursor:
             raise Interrupted from None
         taken = group.taken.popleft()
         if not group.taken:
-            self._groups.popleft()
+            self._ahead -= self._groups.popleft().characters
             self._due = True
         self.place = taken.place
         return taken
@@ -201,14 +203,14 @@ class Cursor:
         assert self.exhausted and not self._groups, "a source is read again only from its end"
         self._read, self._items, self.exhausted = None, None, False
 
-    def acknowledge(self, place: Json) -> str | None:
-        """Tell the source that no commit needs what lies before `place`; why that failed, None if it did not."""
+    def acknowledge(self, place: Json) -> None:
+        """Tell the source that no commit needs what lies before `place`."""
         if isinstance(self._stream, Acknowledging):
+            self.unacknowledged = None
             try:
                 self._stream.acknowledge(place)
             except StreamUnavailable as error:
-                return str(error)
-        return None
+                self.unacknowledged = str(error)
 
     def close(self) -> None:
         """Close the stream, if it can be closed."""
@@ -266,6 +268,8 @@ class Cursor:
                 group.pending = self._tokenizing.submit(group.texts)
             except Closed:
                 raise Interrupted from None
+        group.characters = characters
+        self._ahead += characters
         self._groups.append(group)
         return True
 

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -43,7 +43,7 @@ from anytimed.data.mixture import Mixture
 from anytimed.data.packer import Packer
 from anytimed.data.position import Ledger
 from anytimed.data.shuffle import permutation
-from anytimed.data.sources import ENTRIES_A_LINE, OpenStream, Sources, require_same_reads, same_mixture
+from anytimed.data.sources import OpenStream, Sources, Unanswered, Undecided, require_same_sources, same_mixture
 from anytimed.data.tokenizing import Tokenizing
 
 __all__ = ["Dry", "Interrupted", "Pipeline", "Quarantine"]
@@ -62,14 +62,6 @@ class Dry:
     """No batch can be made for now. `reasons`: per source that is waited for, what is missing."""
 
     reasons: Mapping[str, str]
-
-
-class _Undecided(Exception):
-    """The journal cannot take a decision for now, so it did not take effect; it is taken again later."""
-
-
-class _Unanswered(Exception):
-    """A replay needs a source that does not answer for now; its name."""
 
 
 class Pipeline:
@@ -117,7 +109,6 @@ class Pipeline:
         self._is_dry = False
         self._nothing_new = False
         self._undecided: str | None = None
-        self._unacknowledged: dict[str, str] = {}
 
     # --- before the first batch ---------------------------------------------------------------------------------------
 
@@ -131,7 +122,7 @@ class Pipeline:
         self._ledger = Ledger(self._journal, position)
         self._folds = FoldFile(self._fold, self._journal, self._ledger.voids)
         self._sources = Sources(position, self._open_stream, self._cursor)
-        require_same_reads(self._wanted.rules, position.sources)
+        require_same_sources(self._wanted.rules, position.sources)
         self._draw = position.draw
         self._block = position.block
         self._skip = position.index
@@ -168,32 +159,12 @@ class Pipeline:
         if not self._begun:
             try:
                 self._begin_block()
-            except _Undecided as error:
+            except Undecided as error:
                 self._undecided = str(error)
                 return 0
         if self._replaying or self._ends:
             return 0  # the end of the block stands in the journal before anything else does
-        found, undecided = 0, None
-        for name, cursor in self._sources.active():
-            entries = cursor.discover()
-            try:
-                for first in range(0, len(entries), ENTRIES_A_LINE):
-                    some = entries[first : first + ENTRIES_A_LINE]
-                    self._decide({"kind": "discovered", "draw": self._draw, "source": name, "entries": some})
-                    cursor.adopt(some)
-                    found += len(some)
-            except _Undecided as error:
-                # A full disk, say: what was not decided is found again by the next poll.
-                undecided = f"source {name}: {len(entries)} new entries wait: {error}"
-        for name in self._sources.left_out():
-            if self._sources.suspended(name) is None and self._sources.cursor(name).ready:
-                try:
-                    self._decide({"kind": "back", "draw": self._draw, "source": name})
-                except _Undecided as error:
-                    undecided = f"source {name} can be drawn from again: {error}"
-                    continue
-                self._sources.leave_out(name, dry=False)
-                found += 1
+        found, undecided = self._sources.discover(self._decide_here)
         self._undecided = undecided
         self._nothing_new = self._is_dry and not found and undecided is None
         return found
@@ -208,7 +179,7 @@ class Pipeline:
         while not self._blocks.full:
             try:
                 dry = self._read_block()
-            except _Undecided as error:
+            except Undecided as error:
                 self._undecided = str(error)
                 return Dry({"journal": str(error)})
             if dry:
@@ -230,16 +201,8 @@ class Pipeline:
         """No commit resumes before this position, as JSON: tell the sources (where `tell`) that records before it are
         not needed any more, but those that are to be read again from their beginning."""
         self._folds.keep(position["journal_length"])
-        if not tell:
-            return
-        again = {name for name, rule in position["mixture"].items() if rule["when_dry"] == "replay"}
-        places = {name: at["place"] for name, at in position["sources"].items() if at["place"] and name not in again}
-        for name, cursor in self._sources.active():
-            if name in places:
-                failed = cursor.acknowledge(places[name])
-                self._unacknowledged.pop(name, None)
-                if failed is not None:
-                    self._unacknowledged[name] = failed
+        if tell:
+            self._sources.acknowledge(position)
 
     def close(self) -> None:
         """Let the sources go; by the thread that reads, last."""
@@ -253,28 +216,8 @@ class Pipeline:
     def status(self) -> Json:
         """Per source of the mixture: entries adopted, bytes not yet read, records, its rule; whether decisions are
         being replayed; `undecided`: why a decision cannot take effect for now, or None."""
-        sources: dict[str, Any] = {}
-        for name, cursor in self._sources.active():
-            at, rule = self._sources.tally(name).frozen(), self._sources.mixture.rules[name]
-            sources[name] = {
-                "entries": cursor.entries,
-                "lag_bytes": cursor.lag(),
-                "lag_unit": cursor.lag_unit,
-                "records": at.records,
-                "held_out": at.held_out,
-                "rejected": at.rejected,
-                "tokens": at.tokens,
-                "place": at.place,
-                "share": self._sources.mixture.share(name),
-                "when_dry": rule.when_dry,
-                "turn": at.turn,
-                "dry": at.dry,
-                "suspended": self._sources.suspended(name),
-                "unavailable": cursor.undiscovered,
-                "unacknowledged": self._unacknowledged.get(name),
-            }
         return {
-            "sources": sources,
+            "sources": self._sources.status(),
             "draw": self._draw,
             "block": self._block,
             "replaying": self._replaying,
@@ -294,7 +237,7 @@ class Pipeline:
                 if self._ledger.head is not None and self._replay_before_draw():
                     self._cut = True
                     break
-            except _Unanswered as source:
+            except Unanswered as source:
                 return self._dry(str(source))
             name = self._sources.mixture.pick(self._draw)
             taken = self._sources.take(name)
@@ -367,13 +310,7 @@ class Pipeline:
             return "wait"
         if not self._nothing_new:
             return "wait"
-        if self._sources.may_be_replayed(name):
-            self._decide({"kind": "replayed", "draw": self._draw, "source": name})
-            self._sources.replay(name)
-            return "go on"
-        if self._sources.may_be_left_out(name):
-            self._decide({"kind": "left_out", "draw": self._draw, "source": name})
-            self._sources.leave_out(name, dry=True)
+        if self._sources.without(name, self._decide_here):
             return "go on"
         # A source that does not answer is waited for: a replay beyond the journal's end would otherwise cut where the
         # run did not, and train other steps than those that an export may already hold.
@@ -440,8 +377,12 @@ class Pipeline:
         except Refused:
             raise
         except AnytimedError as error:
-            raise _Undecided(str(error)) from error
+            raise Undecided(str(error)) from error
         self._undecided = None
+
+    def _decide_here(self, entry: Json) -> None:
+        """Of a source, before the next draw."""
+        self._decide({**entry, "draw": self._draw})
 
     def _replay_before_draw(self) -> bool:
         """Apply the journalled decisions that were taken before the next draw; whether the block was cut here."""
@@ -452,10 +393,11 @@ class Pipeline:
                 ):
                     self._ledger.replayed()
                     return True
-                case {"kind": str(kind), "draw": self._draw, "source": str(name)} if (
-                    name in self._sources.mixture.rules
-                ):
-                    self._replay(kind, name, head)
+                case {"draw": self._draw, "source": str(name)} if name in self._sources.mixture.rules:
+                    try:
+                        self._sources.decided(head)
+                    except ValueError as error:
+                        raise self._mismatch(str(error)) from None
                     self._ledger.replayed()
                 case {"kind": "finished" | "mixture", "block": int(block)} if block >= self._block:
                     return False
@@ -465,22 +407,6 @@ class Pipeline:
                     windows = self._packer.windows
                     raise self._mismatch(f"draw {self._draw} of block {self._block} with {windows} sequences")
         return False
-
-    def _replay(self, kind: str, name: str, head: Json) -> None:
-        match kind:
-            case "discovered":
-                self._sources.cursor(name).adopt(head["entries"])
-            case "left_out" | "back":
-                self._sources.leave_out(name, dry=kind == "left_out")
-            case "replayed":
-                cursor = self._sources.cursor(name)
-                if cursor.ready:
-                    raise self._mismatch(f"records of source {name!r} that were not read")
-                if not cursor.exhausted:
-                    raise _Unanswered(name)
-                self._sources.replay(name)
-            case _:
-                raise self._mismatch(f"no decision of this version: {kind!r}")
 
     def _mismatch(self, found: str) -> Refused:
         journalled = {key: value for key, value in (self._ledger.head or {}).items() if key != "entries"}

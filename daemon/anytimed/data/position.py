@@ -76,9 +76,8 @@ class Ledger:
         """Make a decision durable; it may take effect when this returns."""
         assert not self._waiting, "a replay decides nothing"
         self._journal.append(SCOPE, entry)
-        while self._raw:  # void
-            self._count(self._raw.popleft())
-        self._count(entry)
+        self._raw.clear()  # void
+        self.length, self.digest = self._journal.length(SCOPE), self._journal.digest(SCOPE)
 
     def drop(self) -> None:
         """Make void whatever waits to be replayed."""

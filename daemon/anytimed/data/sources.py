@@ -7,7 +7,6 @@ for new data and those left out whether they can be drawn from again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,14 +18,26 @@ from anytimed.data.digests import Digests
 from anytimed.data.fold import Fold
 from anytimed.data.mixture import Mixture
 
-OpenStream = Callable[[str, Json], Stream]
-"""A new stream by the source's name and what it `reads`. Raises ConfigError."""
+OpenStream = Callable[[str, SourceRule], Stream]
+"""A new stream by the source's name and rule. Raises ConfigError."""
 
 OpenCursor = Callable[[Stream, Json | None], Cursor]
 """A cursor by stream and place."""
 
+Decide = Callable[[Json], None]
+"""Makes a decision about a source durable, with the draw before which it is taken; it may take effect when this
+returns. Raises Undecided."""
+
 ENTRIES_A_LINE = 10_000
 """Of what was discovered: a line of the journal stays short."""
+
+
+class Undecided(Exception):
+    """The journal cannot take a decision for now, so it did not take effect; it is taken again later."""
+
+
+class Unanswered(Exception):
+    """A replay needs a source that does not answer for now; its name."""
 
 
 @dataclass(slots=True)
@@ -76,13 +87,13 @@ class Sources:
 
     def put_in_force(self, mixture: Mixture) -> None:
         """Draw by these rules from now on. Sources that were never opened are; those not in it stay where they are."""
-        require_same_reads(mixture.rules, self.positions())
+        require_same_sources(mixture.rules, self.positions())
         for name, rule in mixture.rules.items():
             tally = self._tallies.setdefault(name, Tally(SourcePosition()))
             if name not in self._cursors:
-                stream = self._open_stream(name, rule.reads)
+                stream = self._open_stream(name, rule)
                 self._cursors[name] = self._open_cursor(stream, tally.frozen().place)
-                tally.at = replace(tally.at, reads=reads_digest(rule))
+                tally.at = replace(tally.at, identity=rule.identity)
                 if not self._recalling:
                     self._settle(name)
         self._mixture = mixture
@@ -128,6 +139,39 @@ class Sources:
         for cursor in self._cursors.values():
             cursor.close()
 
+    def acknowledge(self, position: Json) -> None:
+        """No commit resumes before this position, as JSON: records before it are not needed any more, but those of
+        sources that are to be read again from their beginning."""
+        again = {name for name, rule in position["mixture"].items() if rule["when_dry"] == "replay"}
+        places = {name: at["place"] for name, at in position["sources"].items() if at["place"] and name not in again}
+        for name, cursor in self.active():
+            if name in places:
+                cursor.acknowledge(places[name])
+
+    def status(self) -> Json:
+        """Per source of the mixture: entries adopted, what is not yet read, records, its rule, what is wrong."""
+        told: Json = {}
+        for name, cursor in self.active():
+            at, rule = self._tallies[name].frozen(), self.mixture.rules[name]
+            told[name] = {
+                "entries": cursor.entries,
+                "lag_bytes": cursor.lag(),
+                "lag_unit": cursor.lag_unit,
+                "records": at.records,
+                "held_out": at.held_out,
+                "rejected": at.rejected,
+                "tokens": at.tokens,
+                "place": at.place,
+                "share": self.mixture.share(name),
+                "when_dry": rule.when_dry,
+                "pass_number": at.pass_number,
+                "dry": at.dry,
+                "suspended": self.suspended(name),
+                "unavailable": cursor.undiscovered,
+                "unacknowledged": cursor.unacknowledged,
+            }
+        return told
+
     # --- one draw -----------------------------------------------------------------------------------------------------
 
     def take(self, name: str) -> Taken | None:
@@ -148,36 +192,93 @@ class Sources:
             rule, rejected, rejected + tally.at.records + tally.records + tally.at.held_out + tally.held_out
         )
 
-    def may_be_left_out(self, name: str) -> bool:
+    # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def discover(self, decide: Decide) -> tuple[int, str | None]:
+        """Ask for new data, and whether those left out can be drawn from again. How many new entries there are, and
+        sources that are back; what could not be decided for now. Raises Refused where read data has changed."""
+        found, undecided = 0, None
+        for name, cursor in self.active():
+            entries = cursor.discover()
+            try:
+                for first in range(0, len(entries), ENTRIES_A_LINE):
+                    some = entries[first : first + ENTRIES_A_LINE]
+                    decide({"kind": "discovered", "source": name, "entries": some})
+                    cursor.adopt(some)
+                    found += len(some)
+            except Undecided as error:
+                # A full disk, say: what was not decided is found again by the next poll.
+                undecided = f"source {name}: {len(entries)} new entries wait: {error}"
+        for name in self._left_out():
+            if self.suspended(name) is None and self._cursors[name].ready:
+                try:
+                    decide({"kind": "back", "source": name})
+                except Undecided as error:
+                    undecided = f"source {name} can be drawn from again: {error}"
+                    continue
+                self._set_dry(name, dry=False)
+                found += 1
+        return found, undecided
+
+    def without(self, name: str, decide: Decide) -> bool:
+        """Decide about a source that has nothing, by its rule: read it again, or leave it out. False where it is to be
+        waited for. Raises Undecided."""
+        if self._may_be_replayed(name):
+            decide({"kind": "replayed", "source": name})
+            self._replay(name)
+            return True
+        if self._may_be_left_out(name):
+            decide({"kind": "left_out", "source": name})
+            self._set_dry(name, dry=True)
+            return True
+        return False
+
+    def decided(self, entry: Json) -> None:
+        """A decision of the journal takes effect again. Raises ValueError where it does not fit what is read,
+        Unanswered where that cannot be told for now."""
+        name, cursor = entry["source"], self._cursors[entry["source"]]
+        match entry["kind"]:
+            case "discovered":
+                cursor.adopt(entry["entries"])
+            case "left_out" | "back":
+                self._set_dry(name, dry=entry["kind"] == "left_out")
+            case "replayed":
+                if cursor.ready:
+                    raise ValueError(f"records of source {name!r} that were not read")
+                if not cursor.exhausted:
+                    raise Unanswered(name)
+                self._replay(name)
+            case kind:
+                raise ValueError(f"no decision of this version: {kind!r}")
+
+    def _may_be_left_out(self, name: str) -> bool:
         """Whether draws fall to other sources while this one has nothing, by its rule, and there are others."""
         others = [other for other in self.mixture.rules if other != name and not self._tallies[other].at.dry]
         return self.mixture.rules[name].when_dry == "others" and bool(others)
 
-    def may_be_replayed(self, name: str) -> bool:
+    def _may_be_replayed(self, name: str) -> bool:
         """Whether a source that was read to its end is to be read again, by its rule."""
         rule, at = self.mixture.rules[name], self._tallies[name].frozen()
         read = at.records + at.held_out > 0
-        return rule.when_dry == "replay" and at.turn < rule.passes and read and self._cursors[name].exhausted
+        return rule.when_dry == "replay" and at.pass_number < rule.passes and read and self._cursors[name].exhausted
 
-    # --- decisions that took effect -----------------------------------------------------------------------------------
-
-    def leave_out(self, name: str, *, dry: bool) -> None:
+    def _set_dry(self, name: str, *, dry: bool) -> None:
         """Draw from this source no more (`dry`), or again."""
         tally = self._tallies[name]
         tally.at = replace(tally.frozen(), dry=dry)
         self._leave_out()
 
-    def replay(self, name: str) -> None:
+    def _replay(self, name: str) -> None:
         """Begin a source again."""
         tally = self._tallies[name]
-        tally.at = replace(tally.frozen(), place=None, turn=tally.at.turn + 1)
+        tally.at = replace(tally.frozen(), place=None, pass_number=tally.at.pass_number + 1)
         self._cursors[name].restart()
 
-    def left_out(self) -> list[str]:
+    def _left_out(self) -> list[str]:
         return [name for name in self.mixture.rules if self._tallies[name].at.dry]
 
     def _leave_out(self) -> None:
-        out = frozenset(self.left_out())
+        out = frozenset(self._left_out())
         if out == self.mixture.rules.keys():
             # The others that it was left out for are gone: somebody has to be waited for.
             for name in out:
@@ -197,30 +298,17 @@ def beyond_budget(rule: SourceRule, rejected: int, total: int) -> str | None:
     )
 
 
-def require_same_reads(rules: Mapping[str, SourceRule], positions: Mapping[str, SourcePosition]) -> None:
-    """Raise ConfigError where a source of the rules reads something else than it did under that name."""
+def require_same_sources(rules: Mapping[str, SourceRule], positions: Mapping[str, SourcePosition]) -> None:
+    """Raise ConfigError where a source of the rules is another one than it was under that name."""
     for name, rule in rules.items():
-        if name in positions and positions[name].reads not in ("", reads_digest(rule)):
+        if name in positions and positions[name].identity not in ("", rule.identity):
             raise ConfigError(
                 f"source {name!r} reads something else than before: {json.dumps(rule.reads, sort_keys=True)}. Give "
                 "the new data a source of its own under another name, or restore the old settings"
             )
 
 
-def identity(reads: Json) -> Json:
-    """What makes a source the one it is: all that it reads but the place. Data that was moved is the same, and
-    fingerprints tell if it is not."""
-    return {key: value for key, value in reads.items() if key != "url"}
-
-
-def reads_digest(rule: SourceRule) -> str:
-    """SHA-256 (hex) of a source's identity."""
-    return hashlib.sha256(json.dumps(identity(rule.reads), sort_keys=True).encode()).hexdigest()
-
-
 def same_mixture(one: Json, other: Json) -> bool:
-    """Whether two mixtures, as JSON, draw by the same rules from the same sources, wherever those lie."""
-    plain = [
-        {name: {**rule, "reads": identity(rule["reads"])} for name, rule in rules.items()} for rules in (one, other)
-    ]
+    """Whether two mixtures, as JSON, draw by the same rules from the same sources, however those are opened."""
+    plain = [{name: {**rule, "reads": None} for name, rule in rules.items()} for rules in (one, other)]
     return plain[0] == plain[1]

@@ -6,6 +6,7 @@ halves of the training from the parts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -32,10 +33,10 @@ from anytimed.contracts import (
 )
 from anytimed.data.encoding import Rebuild
 from anytimed.data.pipeline import Pipeline
-from anytimed.data.sources import identity
 from anytimed.data.tokenizing import tokenizing
 from anytimed.optim.settings import POLYAK
 from anytimed.service.timetable import plan
+from anytimed.storage.commit import Commit
 from anytimed.storage.pull import pull
 from anytimed.storage.store import Store
 from anytimed.storage.strangers import CONFIG_BYTES, INDEX_NAME, read_json, weight_files
@@ -46,6 +47,8 @@ from anytimed.training.sample import load_tensors
 from anytimed.urls import public, without_credentials
 
 log = logging.getLogger("anytimed")
+
+WORLD_SIZE = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +69,14 @@ class Parts:
         total = sum(rule.weight for rule in self.rules.values())
         return ", ".join(f"{name} {rule.weight / total:.1%}" for name, rule in self.rules.items())
 
-    def open_stream(self, name: str, reads: Json | None = None) -> Stream:
+    def open_stream(self, name: str, rule: SourceRule | None = None) -> Stream:
         """A new stream of a source: as the configuration has it, or (a source that it no longer has, needed to replay
-        what was decided before) by what the journal says that it `reads`, without its credentials."""
+        what was decided before) by what the journal says of it, without its credentials."""
         config = self.config
         table = config.sources.get(name)
-        if reads is not None and (table is None or identity(reads_of(config, name)) != identity(reads)):
-            table = SourceTable(**{**reads, **({"url": _to(reads["url"], config)} if "url" in reads else {})})
+        if rule is not None and (table is None or rule_of(config, name).identity != rule.identity):
+            url = {"url": _to(rule.reads["url"], config)} if "url" in rule.reads else {}
+            table = SourceTable(**{**rule.reads, **url})
         if table is None:
             raise ConfigError(f"{config.path}: no source {name!r}, found {', '.join(config.sources)}")
         stream: Stream = registry.build("anytimed.streams", table, str(config.path), ("sources", name), name)
@@ -92,14 +96,7 @@ def parts_of(config: Config) -> Parts:
     for name, table in sorted(config.sources.items()):
         registry.build("anytimed.streams", table, file, ("sources", name), name)
         if table.weight > 0:
-            rules[name] = SourceRule(
-                weight=table.weight,
-                when_dry=table.when_dry,
-                passes=table.passes,
-                rejected_fraction=table.rejected_fraction,
-                rejected_records=table.rejected_records,
-                reads=reads_of(config, name),
-            )
+            rules[name] = rule_of(config, name)
     longest = model.hf_config(tokenizer.vocab_size, tokenizer.end_token).get("max_position_embeddings")
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
@@ -116,19 +113,27 @@ def parts_of(config: Config) -> Parts:
     return Parts(config, tokenizer, model, recipe, rebuild, rules)
 
 
-def reads_of(config: Config, name: str) -> Json:
-    """What makes a source the one it is, without credentials: its adapter and the settings that were given, but those
-    that the adapter says may change (`passing_settings`). A local path is told from the run directory, so that the
-    journal does not depend on where run and data lie together."""
+def rule_of(config: Config, name: str) -> SourceRule:
+    """How a source takes part, and what it is: its adapter and the settings that were given, without credentials. Those
+    that the adapter says may change (`passing_settings`) make no other source of it. A local path is told from the run
+    directory, so that the journal does not depend on where run and data lie together."""
     table, file = config.sources[name], str(config.path)
     adapter = registry.find("anytimed.streams", table.type, f"{file}: [sources.{name}]")
-    given = registry.settings(adapter, table, file, ("sources", name))
-    passing = set(getattr(adapter, "passing_settings", ())) | {"storage_options"}
-    told = public({"type": table.type, **given.model_dump(mode="json", exclude_defaults=True, exclude=passing)})
-    plain: Json = json.loads(json.dumps(told))
-    if isinstance(plain.get("url"), str):
-        plain["url"] = _from(plain["url"], config)
-    return plain
+    given = registry.settings(adapter, table, file, ("sources", name)).model_dump(mode="json", exclude_defaults=True)
+    reads: Json = json.loads(json.dumps(public({"type": table.type, **given})))
+    if isinstance(reads.get("url"), str):
+        reads["url"] = _from(reads["url"], config)
+    passing = getattr(adapter, "passing_settings", ())
+    lasting = {key: value for key, value in reads.items() if key not in passing}
+    return SourceRule(
+        weight=table.weight,
+        when_dry=table.when_dry,
+        passes=table.passes,
+        rejected_fraction=table.rejected_fraction,
+        rejected_records=table.rejected_records,
+        reads=reads,
+        identity=hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest(),
+    )
 
 
 def _is_local(url: str) -> bool:
@@ -228,6 +233,19 @@ def differences(commit: Json, config: Json, path: str = "") -> list[str]:
             shown = [json.dumps(value) if value is not None else "nothing" for value in (old, new)]
             found.append(f"{here}: {shown[0]} in the commit, {shown[1]} in the config")
     return found
+
+
+def require_fit(parts: Parts, commit: Commit) -> None:
+    """Raises ConfigError naming every key in which the configuration does not fit a commit."""
+    found = differences(commit.state["shape"], shape(parts))
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise ConfigError(
+            f"{parts.config.path}: does not fit the commit {commit.path}:\n{listed}\n"
+            "Restore these values to go on, or start over with --fresh, which moves the old run aside."
+        )
+    if commit.state["world_size"] != WORLD_SIZE:
+        raise ConfigError(f"{commit.path}: written by {commit.state['world_size']} ranks; this version resumes 1")
 
 
 # --- the two halves of the training -----------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from anytimed.service.console import View, line
 from anytimed.service.keeper import Keeper
 from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
-from anytimed.service.recovery import Session
 from anytimed.service.requests import Verified
+from anytimed.service.session import Session
 from anytimed.service.systemd import Systemd
 from anytimed.urls import told, without_credentials
 

@@ -31,7 +31,7 @@ from anytimed.contracts import (
 from anytimed.data.fold import gathered
 from anytimed.data.fold_file import FoldFile
 from anytimed.data.position import SCOPE, Ledger, Voids
-from anytimed.data.sources import beyond_budget, require_same_reads, same_mixture
+from anytimed.data.sources import beyond_budget, require_same_sources, same_mixture
 from anytimed.service.assembly import Parts
 from anytimed.service.quarantine import noted
 from anytimed.service.run_on_disk import RunOnDisk
@@ -49,7 +49,7 @@ class SourceRow:
     wanted: float | None = None
     when_dry: str | None = None
     passes: int = 1
-    turn: int = 1
+    pass_number: int = 1
     left_out: bool = False
     suspended: str | None = None
     unavailable: str | None = None
@@ -76,7 +76,7 @@ class SourceRow:
         total = at.records + at.held_out + at.rejected
         return replace(
             self,
-            turn=at.turn,
+            pass_number=at.pass_number,
             left_out=at.dry,
             records=at.records,
             held_out=at.held_out,
@@ -115,7 +115,7 @@ def report(parts: Parts, run: RunOnDisk, status: Json | None) -> DataReport:
     """status: what the daemon says of itself, None where none runs. Raises ConfigError where a source is configured to
     read something else than before, Refused where the journal is not the commit's."""
     positions = run.sources()
-    require_same_reads(parts.rules, positions)
+    require_same_sources(parts.rules, positions)
     in_force = _in_force(run)
     wanted = _shares(parts.rules)
     shares = _shares(in_force or parts.rules)
@@ -194,7 +194,7 @@ def _live(status: Json) -> Mapping[str, Json]:
 def _as_told(row: SourceRow, source: Json) -> SourceRow:
     """With the daemon's own figures, which are of the record that it read last."""
     try:
-        names = ("turn", "records", "held_out", "rejected", "tokens", "entries", "when_dry", "share")
+        names = ("pass_number", "records", "held_out", "rejected", "tokens", "entries", "when_dry", "share")
         total = source["records"] + source["held_out"] + source["rejected"]
         return replace(
             row,

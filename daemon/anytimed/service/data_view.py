@@ -139,7 +139,7 @@ def _when_dry(row: SourceRow) -> str:
         case "others":
             return "when it has nothing: the draws fall to the others"
         case "replay":
-            return f"when it has nothing: read again, now in pass {row.turn:,} of {row.passes:,}"
+            return f"when it has nothing: read again, now in pass {row.pass_number:,} of {row.passes:,}"
         case _:
             return "when it has nothing: the training waits"
 

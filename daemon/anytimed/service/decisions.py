@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from anytimed.contracts import Journal, Json
 
@@ -26,6 +26,7 @@ class Decisions:
         self._journal = journal
         self._entries = journal.entries(SCOPE)
         self._known = {_key(entry) for entry in self._entries}
+        self._spans = _spans_of(self._entries)
 
     def note(self, entry: Json) -> bool:
         """Make a decision durable, once; whether it is new. Raises AnytimedError where the journal cannot take it for
@@ -35,6 +36,7 @@ class Decisions:
         self._journal.append(SCOPE, entry)
         self._known.add(_key(entry))
         self._entries.append(entry)
+        self._spans += _spans_of([entry])
         return True
 
     def of(self, kind: str) -> list[Json]:
@@ -45,16 +47,17 @@ class Decisions:
         return [entry for entry in self._entries if entry["step"] <= step][-TOLD:]
 
     def jumped(self, batch: int) -> bool:
-        """Whether a batch, by its number, is passed over."""
-        return any(first <= batch <= last for first, last in self._spans())
+        """Whether a batch, by its number, is passed over. Asked at every step."""
+        return any(first <= batch <= last for first, last in self._spans)
 
     def undone(self, seq: int) -> Json | None:
         """The rollback that commit number `seq` was left behind by; None where it is good to go on from."""
         return next((e for e in self.of("rollback") if e["to_seq"] < seq <= e["newest_seq"]), None)
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        for entry in (*self.of("jump"), *self.of("rollback")):
-            yield entry["first_batch"], entry["last_batch"]
+
+def _spans_of(entries: Iterable[Json]) -> list[tuple[int, int]]:
+    passed = (entry for entry in entries if entry["kind"] in ("jump", "rollback"))
+    return [(entry["first_batch"], entry["last_batch"]) for entry in passed]
 
 
 def _key(entry: Json) -> str:

@@ -26,10 +26,10 @@ from anytimed.service.gatekeeper import Gatekeeper
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
-from anytimed.service.recovery import Session, Trained
 from anytimed.service.reload import reloaded
 from anytimed.service.requests import Mailbox, Request
 from anytimed.service.saving import Saving
+from anytimed.service.session import Session, Trained
 from anytimed.service.steering import Steering
 from anytimed.service.systemd import Systemd
 from anytimed.service.timetable import Timetable
@@ -324,9 +324,9 @@ class Daemon:
         self._board.problem("reload", None)
         self._timetable.apply(self._config)
         self._steering.configured(self._config)
-        if parts.rules != before.rules and self._state is not State.STOPPING:
+        if parts.config.sources != before.config.sources and self._state is not State.STOPPING:
             self._read_anew()
-            log.info("the mixture changes at the next block: %s", parts.told())
+            log.info("the mixture from the next block on: %s", parts.told())
         log.info("reloaded %s", self._config.path)
         self._tell()
 

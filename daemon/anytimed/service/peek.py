@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from anytimed.contracts import Batch, ConfigError, Json, Rejected, Tokenizer
+from anytimed.contracts import Batch, Json, Rejected, Tokenizer
 from anytimed.data.pipeline import Dry
 from anytimed.data.reader import read_one
-from anytimed.service.assembly import Parts, differences, pipeline_of, shape
+from anytimed.service.assembly import Parts, pipeline_of, require_fit
 from anytimed.service.decisions import Decisions
 from anytimed.service.run_on_disk import RunOnDisk
 
@@ -94,10 +94,7 @@ def peek(parts: Parts, run: RunOnDisk, count: int) -> Iterator[Sample | PassedOv
     configuration does not fit the commit, Refused where the journal is not the commit's or read data has changed."""
     if run.commit is not None:
         with run.described():
-            found = differences(run.state["shape"], shape(parts))
-        if found:
-            listed = "\n".join(f"  {line}" for line in found)
-            raise ConfigError(f"{parts.config.path}: does not fit the commit {run.commit.path}:\n{listed}")
+            require_fit(parts, run.commit)
     # Here, not in processes of its own: the tokens are the same, and it is over soon.
     data = parts.config.data.model_copy(update={"tokenizer_workers": 0})
     parts = replace(parts, config=parts.config.model_copy(update={"data": data}))

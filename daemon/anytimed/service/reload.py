@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from anytimed.config import Config, load
 from anytimed.contracts import ConfigError, SourcePosition
-from anytimed.data.sources import require_same_reads
+from anytimed.data.sources import require_same_sources
 from anytimed.service.assembly import Parts, parts_of
 
 LIVE_TABLES = ("logging", "evaluation", "commits", "exports", "guard", "sources")
@@ -39,7 +39,7 @@ def reloaded(running: Parts, read: Mapping[str, SourcePosition]) -> Parts:
     if fixed:
         raise ConfigError(f"{new.path}: not reloaded; only a restart changes {', '.join(fixed)}")
     try:
-        require_same_reads(parts.rules, read)
+        require_same_sources(parts.rules, read)
     except ConfigError as error:
         raise ConfigError(f"{new.path}: not reloaded; {error}") from None
     return replace(running, config=new, rules=parts.rules)

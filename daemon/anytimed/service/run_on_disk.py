@@ -9,23 +9,21 @@ newer one, and it is looked for again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
-from anytimed.contracts import AnytimedError, CorruptError, Holdout, Json, Position, SourcePosition, Tokens
-from anytimed.service.decisions import SCOPE as DECISIONS
+from anytimed.contracts import AnytimedError, CorruptError, Json, Position, SourcePosition, Tokens
+from anytimed.service.committed import HOLDOUT_TENSOR, described_by, position_of
+from anytimed.service.decisions import Decisions
 from anytimed.storage.commit import NAME, STATE, Commit, Damaged, read_commit
 from anytimed.storage.durable import digest_of
 from anytimed.storage.journal_copy import JournalCopy
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.storage.tensors import read_header
 
-HOLDOUT_TENSOR = "holdout.tokens"
-"""Its name in a commit's tensors."""
 _ATTEMPTS = 5
 _HINT = "`anytimed verify` reads all of the run; the next start goes on from the newest commit that verifies"
 
@@ -63,23 +61,11 @@ class RunOnDisk:
         if self.commit is None:
             return Position()
         with self.described():
-            told = self.state["position"]
-            weights = {name: float(rule["weight"]) for name, rule in told["mixture"].items()}
-            holdout = Holdout.from_arrays(self.held, self.state["holdout"], weights)
-            return Position.from_json(told, holdout)
+            return position_of(self.state, self.held)
 
-    @contextlib.contextmanager
-    def described(self) -> Iterator[None]:
+    def described(self) -> contextlib.AbstractContextManager[None]:
         """A state that is no state of ours, though its digest is right, is a named error."""
-        where = self.commit.path if self.commit is not None else self.directory.path
-        try:
-            yield
-        except AnytimedError as error:
-            if not isinstance(error, CorruptError) or str(where) in str(error):
-                raise
-            raise CorruptError(f"{where}: {error}; {_HINT}") from error
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise CorruptError(f"{where}: its state is none of anytimed's: {error!r}; {_HINT}") from error
+        return described_by(self.commit, _HINT)
 
 
 def read_run(path: Path) -> RunOnDisk:
@@ -89,7 +75,8 @@ def read_run(path: Path) -> RunOnDisk:
     for left in reversed(range(_ATTEMPTS)):
         found = _commits(directory)
         journal = JournalCopy(directory.journal)
-        commit = next((commit for commit in found if not _undone(journal, commit.manifest.seq)), None)
+        decisions = Decisions(journal)
+        commit = next((commit for commit in found if decisions.undone(commit.manifest.seq) is None), None)
         if commit is None:
             return RunOnDisk(directory, None, {}, np.zeros(0, np.int32), journal)
         try:
@@ -116,12 +103,6 @@ def _commits(directory: RunDirectory) -> list[Commit]:
             if path.is_dir() and not found:
                 raise _named(error) from error
     return sorted(found, key=lambda commit: commit.manifest.order, reverse=True)
-
-
-def _undone(journal: JournalCopy, seq: int) -> bool:
-    """Whether the training went back from commit number `seq` to an older one; the next start moves it away."""
-    rollbacks = [entry for entry in journal.entries(DECISIONS) if entry["kind"] == "rollback"]
-    return any(entry["to_seq"] < seq <= entry["newest_seq"] for entry in rollbacks)
 
 
 def _require(commit: Commit, name: str) -> None:

@@ -17,8 +17,8 @@ from anytimed.contracts import AnytimedError, Snapshot
 from anytimed.service.board import Board
 from anytimed.service.committer import Committer
 from anytimed.service.mirroring import Mirroring
-from anytimed.service.recovery import Session
 from anytimed.service.requests import Committed, Mirrored, Request, Verified
+from anytimed.service.session import Session
 from anytimed.storage.commit import Commit
 
 log = logging.getLogger("anytimed")

@@ -33,6 +33,8 @@ class Steering:
         tell: Callable[[Json], None],
     ) -> None:
         self._config, self._decisions, self._learner, self._tell = config, decisions, learner, tell
+        self.problem: str | None = None
+        """Why decisions are not journalled yet."""
         self._unnoted: list[Json] = []
         self._batch = 0
         self._guard = _guard_of(config)
@@ -102,13 +104,6 @@ class Steering:
             step, span.why, manifest.step, span.first_batch, span.last_batch,
         )  # fmt: skip
 
-    @property
-    def problem(self) -> str | None:
-        """Why decisions are not journalled yet."""
-        return self._problem
-
-    _problem: str | None = None
-
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation follows this step."""
         return step % self._every_at(step) == 0
@@ -149,9 +144,9 @@ class Steering:
                 if self._decisions.note(self._unnoted[0]):
                     self._tell(self._unnoted[0])
                 del self._unnoted[0]
-            self._problem = None
+            self.problem = None
         except AnytimedError as error:
-            self._problem = f"{len(self._unnoted)} decisions about the training are not journalled yet: {error}"
+            self.problem = f"{len(self._unnoted)} decisions about the training are not journalled yet: {error}"
 
     def _note(self, entry: Json) -> None:
         self._unnoted.append(entry)
