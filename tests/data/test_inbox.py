@@ -74,8 +74,8 @@ class TestInbox(StreamContract):
     def rewrite(self, folder: Path, name: str) -> None:
         first = min((folder / "streams" / "mine").iterdir())
         data = bytearray(first.read_bytes())
-        at = data.index(b"document")
-        data[at] ^= 1
+        text = b',"text":"'
+        data[data.index(text) + len(text)] ^= 1
         first.write_bytes(data)
 
 
