@@ -404,6 +404,14 @@ class Stream(Protocol):
 
 
 @runtime_checkable
+class Preparing(Protocol):
+    """A stream that can begin what takes long before its result is asked for."""
+
+    def prepare(self, place: Json | None) -> None:
+        """Called once, first of all, where a start stands at `place`; `adopt` and `verify` follow."""
+
+
+@runtime_checkable
 class Acknowledging(Protocol):
     """A stream whose source keeps records until it is told that they are no longer needed: brokers, the inbox."""
 

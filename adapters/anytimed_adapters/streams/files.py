@@ -24,10 +24,10 @@ from fsspec.utils import glob_translate
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anytimed.contracts import Finished, Json, Record, Rejected
-from anytimed_adapters.streams.listing import Listing, Version
 from anytimed_adapters.streams.records import Errors
 from anytimed_adapters.streams.spans import Fingerprints, Spans
 from anytimed_adapters.streams.store import FileStore, Vanished
+from anytimed_adapters.streams.walk import Listing, Version
 
 AT_END = -1
 """The offset of a place behind all items of a span that could not be read to its end."""
@@ -106,6 +106,13 @@ class FileStream(ABC):
         self._start_listing: tuple[Listing, float] | None = None  # of what differed at `verify`
 
     # --- Stream -------------------------------------------------------------------------------------------------------
+
+    def prepare(self, place: Json | None) -> None:
+        """Begin to list the files, where there are many, while the journal is read."""
+        self._store.begin_list(place["entry"] if place else 0)
+
+    def close(self) -> None:
+        self._store.close()
 
     def discover(self) -> list[Any]:
         """Rows [path, start, stop, version] of new and grown files, by path. Raises StreamUnavailable; Refused on a

@@ -1,39 +1,21 @@
-"""What lies under a glob now: paths, sizes and versions, in columns, for there may be millions of files.
+"""What lies under a glob now, whatever it lies in.
 
-A `Selection` says which files count: those that match the glob, and are neither hidden, unfinished (".tmp", ".part"),
-excluded, nor named in bytes that are no UTF-8 and cannot be journalled. Local files are walked here, folder by folder;
-a store is asked by fsspec's glob, past its cache.
-
-A version is whatever changes when a file is written: the modification time in nanoseconds of a local file, what a
-store calls the object's ETag or the like; "" where it says nothing.
+Local files are walked (walk.py), many of them by a process of their own (lister.py); a store is asked by fsspec's
+glob, past its cache.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import compress, islice
-from operator import attrgetter, not_
-from stat import S_IFMT, S_IFREG, S_ISREG
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fsspec.utils import glob_translate
 
+from anytimed_adapters.streams.walk import Listing, Selection
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-Version = int | str
-
-_KIND = S_IFMT(-1 & 0xFFFF)
-_ENTRIES = 128
-"""Of a folder at a time: what is known of them then stays in the processor's cache."""
-_is_folder, _stat_of = os.DirEntry.is_dir, os.DirEntry.stat
-_name_of = attrgetter("name")
-_mode_of, _size_of, _time_of = attrgetter("st_mode"), attrgetter("st_size"), attrgetter("st_mtime_ns")
-_UNFINISHED = (".tmp", ".part")
 _VERSION_KEYS = (
     "ETag",
     "etag",
@@ -47,188 +29,36 @@ _VERSION_KEYS = (
     "created",
 )
 
-_logger = logging.getLogger(__name__)
+
+def selection(pattern: str, exclude: Iterable[str]) -> Selection:
+    """By globs as fsspec understands them; those to leave out are relative to the first one's base. Raises ValueError
+    on what is none."""
+    base = _base(pattern)
+    parent, _, last = pattern.rpartition("/")
+    everything = last == "**"
+    rest = pattern[len(base) + 1 :]
+    return Selection(
+        base=base,
+        folder=glob_translate(f"{parent}/**" if everything else f"{parent}/*"),
+        name=glob_translate("*" if everything else last),
+        excluded=[glob_translate(glob) for glob in exclude],
+        deepest=None if "**" in rest else rest.count("/"),
+    )
 
 
-@dataclass(slots=True)
-class Listing:
-    """Row i: paths[i], sizes[i] in bytes, versions[i]. Columns of plain values: the garbage collector has nothing to
-    walk through."""
-
-    paths: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    versions: list[Version] = field(default_factory=list)
-
-    def add(self, path: str, size: int, version: Version) -> None:
-        self.paths.append(path)
-        self.sizes.append(size)
-        self.versions.append(version)
-
-    def of(self, rows: Iterable[int]) -> Listing:
-        """These rows alone."""
-        paths, sizes, versions = self.paths, self.sizes, self.versions
-        some = list(rows)
-        return Listing([paths[row] for row in some], [sizes[row] for row in some], [versions[row] for row in some])
-
-
-class Selection:
-    """Which files of a filesystem are the source's."""
-
-    def __init__(self, pattern: str, excluded: Sequence[re.Pattern[str]], source: str) -> None:
-        self.pattern = pattern
-        self.base = _base(pattern)
-        self._excluded = excluded
-        self._source = source
-        self._unnamed: set[str] = set()
-        parent, _, last = pattern.rpartition("/")
-        everything = last == "**"
-        self._folder = re.compile(glob_translate(f"{parent}/**" if everything else f"{parent}/*"))
-        name = glob_translate("*" if everything else last)
-        self.is_named = re.compile(rf"(?!\.){name}(?<!\.tmp)(?<!\.part)").match
-        """Whether a file's name matches the glob's last part and is not left out."""
-        rest = pattern[len(self.base) + 1 :]
-        self.deepest = None if "**" in rest else rest.count("/")
-        """How many folders below the base files can lie; None: any."""
-
-    def takes_files_of(self, folder: str) -> bool:
-        """Whether the files of a folder (full path) can match the glob."""
-        return self._folder.match(f"{folder}/x") is not None
-
-    def takes_path(self, path: str) -> bool:
-        """Whether a file that matches the glob already is the source's. path: relative."""
-        return not any(map(left_out, path.split("/"))) and self.remains(path)
-
-    def remains(self, path: str) -> bool:
-        """Whether a file that matches is not excluded and can be journalled. path: relative."""
-        if self._excluded and any(glob.match(path) for glob in self._excluded):
-            return False
-        return path.isascii() or self._can_be_journalled(path)
-
-    def all_remain(self, paths: Iterable[str]) -> bool:
-        """Whether `remains` is known to be true of all of them without asking for each."""
-        return not self._excluded and all(map(str.isascii, paths))
-
-    def _can_be_journalled(self, path: str) -> bool:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            if path not in self._unnamed:
-                self._unnamed.add(path)
-                _logger.warning(
-                    "source %r: %r is left out: its name is not UTF-8 and cannot be journalled", self._source, path
-                )
-            return False
-        return True
-
-
-def left_out(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or unfinished."""
-    return name.startswith(".") or name.endswith(_UNFINISHED)
-
-
-def listed_locally(selection: Selection) -> Listing:
-    """fsspec's glob takes a folder below the first that it cannot list for an empty one, rounds the modification time,
-    and does not look through links; so local files are walked here, by the same translation of the glob.
-
-    Folders behind links come after all others: what is reached both ways keeps its own path, whatever order a folder
-    lists in. A link that leads nowhere is no file."""
-    found = Listing()
-    seen: set[tuple[int, int]] = set()  # folders, so that a link to one above ends the walk there
-    folders: list[tuple[str, int]] = [("", 0)]
-    linked: list[tuple[str, int]] = []
-    while folders or linked:
-        if not folders:
-            linked.sort(reverse=True)
-            folders.append(linked.pop())
-        folder, depth = folders.pop()
-        full = f"{selection.base}/{folder}" if folder else selection.base or "/"
-        stat = os.stat(full)  # noqa: PTH116 - a Path for each of a million is what this avoids
-        if (stat.st_dev, stat.st_ino) in seen:
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        descend = selection.deepest is None or depth < selection.deepest
-        for entry, path in _walk_folder(selection, found, full, f"{folder}/" if folder else ""):
-            if descend:
-                (linked if entry.is_symlink() else folders).append((path, depth + 1))
-    return found
-
-
-def _walk_folder(selection: Selection, found: Listing, full: str, prefix: str) -> list[tuple[os.DirEntry[str], str]]:
-    """Add the folder's files to `found`; its folders and their paths."""
-    folders: list[tuple[os.DirEntry[str], str]] = []
-    wanted = selection.takes_files_of(full.rstrip("/"))
-    with os.scandir(full) as entries:
-        while some := list(islice(entries, _ENTRIES)):
-            if not wanted or not _add_plain(selection, found, some, prefix, folders):
-                folders += _add_each(selection, found, some, prefix, wanted=wanted)
-    return folders
-
-
-def _add_plain(
-    selection: Selection,
-    found: Listing,
-    entries: Sequence[os.DirEntry[str]],
-    prefix: str,
-    folders: list[tuple[os.DirEntry[str], str]],
-) -> bool:
-    """What `_add_each` does, where nothing is peculiar about any of the entries; False, and nothing done, where
-    something may be. It takes no step of the interpreter for each: asking the system is then most of what listing a
-    million files costs."""
-    try:
-        inside = list(map(_is_folder, entries))
-        files: Sequence[os.DirEntry[str]] = list(compress(entries, map(not_, inside))) if any(inside) else entries
-        names = list(map(_name_of, files))
-        named = list(map(selection.is_named, names))
-        if not all(named):
-            files, names = list(compress(files, named)), list(compress(names, named))
-        stats = list(map(_stat_of, files))
-    except OSError:
-        return False
-    paths, sizes = list(map(prefix.__add__, names)), list(map(_size_of, stats))
-    if not (all(sizes) and all(map(S_ISREG, set(map(_mode_of, stats)))) and selection.all_remain(paths)):
-        return False
-    found.paths += paths
-    found.sizes += sizes
-    found.versions += map(_time_of, stats)
-    folders += [(entry, prefix + entry.name) for entry in compress(entries, inside) if not left_out(entry.name)]
-    return True
-
-
-def _add_each(
-    selection: Selection, found: Listing, entries: Iterable[os.DirEntry[str]], prefix: str, *, wanted: bool
-) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Add the files among the entries to `found`, if they are `wanted`; the folders among them, and their paths."""
-    for entry in entries:
-        name = entry.name
-        try:
-            if entry.is_dir():
-                if not left_out(name):
-                    yield entry, prefix + name
-            elif wanted and selection.is_named(name):
-                stat = entry.stat()
-                path, size = prefix + name, stat.st_size
-                if size and stat.st_mode & _KIND == S_IFREG and selection.remains(path):
-                    found.add(path, size, stat.st_mtime_ns)
-        except FileNotFoundError:
-            continue  # deleted between the two looks, or a link to nothing
-        except OSError:
-            if not entry.is_symlink():
-                raise
-
-
-def listed_by_store(fs: AbstractFileSystem, selection: Selection, query: str, *, by_name: bool) -> Listing:
+def listed_by_store(fs: AbstractFileSystem, pattern: str, selected: Selection, query: str, *, by_name: bool) -> Listing:
     """by_name: a glob without wildcard is asked for as the one file it is."""
     fs.invalidate_cache()
-    if by_name and not set(selection.pattern) & set("*["):
+    if by_name and not set(pattern) & set("*["):
         # A glob takes a file that must not be read for one that is not there; asked for by name it is an error.
-        url = selection.pattern + query
+        url = pattern + query
         matched = {url: fs.info(url)}
     else:
-        matched = fs.glob(selection.pattern + query, detail=True)
+        matched = fs.glob(pattern + query, detail=True)
     found = Listing()
     for full, info in matched.items():
-        path = full[len(selection.base) + 1 :].removesuffix(query)
-        if info["type"] != "directory" and selection.takes_path(path):
+        path = full[len(selected.base) + 1 :].removesuffix(query)
+        if info["type"] != "directory" and selected.takes_path(path):
             if info["size"] is None:
                 raise OSError(f"{path}: its size is not told, or it is sent compressed; expected a plain file")
             if info["size"]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, compress, count, repeat
-from operator import ne, or_, sub
+from itertools import accumulate, repeat
+from operator import ne, sub
 from typing import Any, NamedTuple
 
-from anytimed_adapters.streams.listing import Listing, Version
+import numpy as np
+from numpy.typing import NDArray
+
+from anytimed_adapters.streams.walk import Listing, Version
 
 _ROWS = 1024
 """Taken in at a time: they stay in the processor's cache."""
+_COMPARED = 8192
+"""Compared at a time: for a few milliseconds no other thread has the interpreter."""
 
 
 class Span(NamedTuple):
@@ -35,14 +40,14 @@ class Spans:
         self._paths: list[str] = []
         self._starts = array("q")
         self._stops = array("q")
-        self._versions: list[Version] = []
+        self._versions = _Versions()
         self._ends = array("q", [0])  # bytes up to and including a span; one longer than the spans
         self._before = array("q")  # the span before in the same file, or -1
         self._last: dict[str, int] = {}
         self._grown: set[str] = set()  # files with more than one span
         # By last span: the newest version under which the file's content was found unchanged at the span's stop, and
         # for files that are longer by now, at which size.
-        self._checked: list[Version] = []
+        self._checked = _Versions()
         self._longer: dict[int, tuple[int, Version]] = {}
 
     def __len__(self) -> int:
@@ -76,8 +81,8 @@ class Spans:
         self._paths += paths
         self._starts.extend(starts)
         self._stops.extend(stops)
-        self._versions += versions
-        self._checked += versions
+        self._versions.extend(versions)
+        self._checked.extend(versions)
         total = self._ends.pop()
         self._ends.extend(accumulate(map(sub, stops, starts), initial=total))
 
@@ -97,15 +102,18 @@ class Spans:
 
     def changed(self, listing: Listing) -> list[int]:
         """Rows of the listing that differ from what was adopted or last `note_checked`: new, grown, touched."""
-        stops, checked = self._stops, self._checked
-        known = list(map(self._last.get, listing.paths, repeat(-1)))
-        new = set(compress(count(), map((-1).__eq__, known))) if -1 in known else set()
-        if len(new) == len(known):
-            return list(range(len(known)))
-        # Without a step of the interpreter for each: of new ones, some other is compared.
-        sizes = map(ne, map(stops.__getitem__, known), listing.sizes)
-        versions = map(ne, map(checked.__getitem__, known), listing.versions)
-        return sorted(new.union(compress(count(), map(or_, sizes, versions))))
+        if not self._paths:
+            return list(range(len(listing.paths)))
+        found: list[int] = []
+        for at in range(0, len(listing.paths), _COMPARED):
+            rows = slice(at, at + _COMPARED)
+            paths = listing.paths[rows]
+            known = np.fromiter(map(self._last.get, paths, repeat(-1)), np.int64, len(paths))
+            # Of a new file some other is compared.
+            differs = (known < 0) | (np.frombuffer(self._stops, np.int64)[known] != listing.sizes[rows])
+            differs |= self._checked.differs(known, listing.versions[rows])
+            found += (np.flatnonzero(differs) + at).tolist()
+        return found
 
     def grown(self, listing: Listing) -> list[int]:
         """Rows of the listing whose file has more than one span."""
@@ -121,6 +129,44 @@ class Spans:
             self._longer.pop(last, None)
         else:
             self._longer[last] = (size, version)
+
+
+class _Versions:
+    """Versions by index; eight bytes each while all of them are numbers."""
+
+    def __init__(self) -> None:
+        self._column: array[int] | list[Version] = array("q")
+
+    def __getitem__(self, index: int) -> Version:
+        return self._column[index]
+
+    def __setitem__(self, index: int, version: Version) -> None:
+        try:
+            self._column[index] = version  # type: ignore[assignment]  # a text in an array is what fails
+        except (TypeError, OverflowError):
+            self._column = list(self._column)
+            self._column[index] = version
+
+    def extend(self, versions: Sequence[Version]) -> None:
+        if isinstance(self._column, array):
+            try:
+                self._column.extend(array("q", versions))  # type: ignore[arg-type]  # likewise
+            except (TypeError, OverflowError):
+                self._column = list(self._column)
+        if isinstance(self._column, list):
+            self._column += versions
+
+    def differs(self, at: NDArray[np.int64], versions: Sequence[Version]) -> NDArray[np.bool_]:
+        """Where the versions at these indices are others than those given; shape as `at`."""
+        given = np.asarray(versions)
+        if isinstance(self._column, array):
+            mine: NDArray[np.int64] = np.frombuffer(self._column, np.int64)[at]
+            if given.dtype == np.int64:
+                changed: NDArray[np.bool_] = mine != given
+                return changed
+        # Texts, or times beyond the year 2262: one by one.
+        known = map(self._column.__getitem__, at.tolist())
+        return np.fromiter(map(ne, known, versions), np.bool_, len(at))
 
 
 class Fingerprints:

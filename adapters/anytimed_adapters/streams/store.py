@@ -8,8 +8,8 @@ handle is held between two ranges. Every failure of a store comes out as one of 
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import glob_translate
 
 from anytimed.contracts import ConfigError, Refused, StreamUnavailable
 from anytimed.urls import bounded, credentials, told
-from anytimed_adapters.streams.listing import Listing, Selection, listed_by_store, listed_locally
+from anytimed_adapters.streams.lister import Lister
+from anytimed_adapters.streams.listing import listed_by_store, selection
+from anytimed_adapters.streams.walk import Listing
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+log = logging.getLogger(__name__)
 
 RANGE_BYTES = 4 << 20
 _WEB = ("http://", "https://")
@@ -66,7 +69,7 @@ class FileStore:
         self._query = f"?{query}" if query else ""
         try:
             fs, pattern = url_to_fs(plain, **bounded(plain, options))
-            glob_translate(pattern)
+            self._selection = selection(pattern, exclude)
         except (ImportError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"source {name!r}: url = {self.told(url)!r} cannot be opened: {self.told(str(error))}. "
@@ -74,18 +77,34 @@ class FileStore:
                 "gs://: pip install 'anytimed[gcs]', hf://: pip install 'anytimed[hf]')"
             ) from None
         self._fs: AbstractFileSystem = fs
-        self._selection = Selection(pattern, [re.compile(glob_translate(glob)) for glob in exclude], name)
+        self._pattern = pattern
+        self._warned: set[str] = set()  # of paths that cannot be journalled
+        self._lister = Lister(self._selection)
         self.is_local = isinstance(fs, LocalFileSystem)
         protocols = fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)
         self.shows_unfinished_files = bool(_IN_PLACE & set(protocols))
+
+    def begin_list(self, count: int) -> None:
+        """`list` will be asked for soon, and `count` files or so were there once: begin, if that takes long."""
+        if self.is_local:
+            self._lister.begin(count)
 
     def list(self) -> Listing:
         """Every file of the glob that is neither left out nor empty. Raises StreamUnavailable."""
         with self._answering(self._url):
             if self.is_local:
-                return listed_locally(self._selection)
-            web = self._selection.pattern.startswith(_WEB)
-            return listed_by_store(self._fs, self._selection, self._query, by_name=web)
+                found = self._lister.list()
+            else:
+                web = self._pattern.startswith(_WEB)
+                found = listed_by_store(self._fs, self._pattern, self._selection, self._query, by_name=web)
+        for path in sorted(self._selection.unnamed - self._warned):
+            self._warned.add(path)
+            log.warning("source %r: %r is left out: its name is not UTF-8 and cannot be journalled", self._name, path)
+        return found
+
+    def close(self) -> None:
+        """End what `begin_list` began."""
+        self._lister.close()
 
     def full(self, path: str) -> str:
         """The path as the filesystem takes it, query included."""

@@ -25,6 +25,7 @@ from anytimed.contracts import (
     Closable,
     Finished,
     Json,
+    Preparing,
     Record,
     Refused,
     Rejected,
@@ -132,6 +133,8 @@ class Cursor:
         self.reason = ""
         self.undiscovered: str | None = None
         self.unacknowledged: str | None = None
+        if isinstance(stream, Preparing):
+            stream.prepare(place)
 
     def finished_before(self, finished: Mapping[int, str]) -> None:
         """Entries, adopted already, that were read to their end before the place; they are checked, now or when the
