@@ -189,7 +189,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stream-growth-", dir=arguments.scratch or roomy(max(counts))) as scratch:
         histories = [made(Path(scratch), count) for count in counts]
         configs = [config for config, _ in histories]
-        started, stood = starts(configs, repeats), turns(configs, rounds, polls)
+        started = starts(configs, repeats)
+        for count, start in zip(counts, started, strict=True):
+            over, listing = start["wall"]["over_listing_s"], start["wall"]["listing_before_s"]
+            print(f"{count} shards: a start takes {over} s over a listing of {listing} s", file=sys.stderr, flush=True)
+        stood = turns(configs, rounds, polls)
         for (_, told), start, standing in zip(histories, started, stood, strict=True):
             result["histories"].append({**told, "start": start, **standing})
         print("deleting the shards", file=sys.stderr, flush=True)

@@ -144,6 +144,7 @@ class Turns:
                 done.set()
 
         self.pipeline.poll = polled  # type: ignore[method-assign]
+        self.reader._polls_from = 0.0  # the one before may just have been; a daemon would let this one wait
         began, count = time.perf_counter(), 0
         self.reader.poll()
         while not done.is_set():
