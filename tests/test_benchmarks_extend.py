@@ -26,6 +26,7 @@ def _quick(tmp_path: Path, *more: str) -> tuple[subprocess.CompletedProcess[str]
     goal = tmp_path / "extend.json"
     command = [sys.executable, "benchmarks/extend.py", "--quick", "--json", str(goal), "--scratch", str(tmp_path / "s")]
     done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert goal.exists(), done.stdout + done.stderr
     return done, json.loads(goal.read_text())
 
 

@@ -137,9 +137,9 @@ class Turns:
         """Steps beside a poll: how many while it lasted, how long it lasted."""
         done, poll = threading.Event(), self.pipeline.poll
 
-        def polled() -> int:
+        def polled(*, prepared: bool = False) -> int:
             try:
-                return poll()
+                return poll(prepared=prepared)
             finally:
                 done.set()
 

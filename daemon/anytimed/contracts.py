@@ -405,10 +405,15 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Preparing(Protocol):
-    """A stream that can begin what takes long before its result is asked for."""
+    """A stream that can begin, beside whatever else happens, what `verify` and `discover` would wait for: at a start,
+    first of all, and before a poll."""
 
-    def prepare(self, place: Json | None) -> None:
-        """Called once, first of all, where a start stands at `place`; `adopt` and `verify` follow."""
+    def prepare(self, place: Json | None, done: Callable[[], None]) -> None:
+        """Begin, standing at `place`. `done` is called once, from any thread, when the next `verify` or `discover` need
+        not wait; it may be called at once."""
+
+    def forget(self) -> None:
+        """The next `discover` is to say what is there when it is called, whatever has been prepared."""
 
 
 @runtime_checkable

@@ -7,6 +7,8 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -160,11 +162,17 @@ def test_a_process_that_was_begun_is_ended(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(subprocess, "Popen", noted)
     stream = JsonLines(JsonLines.Settings(url=f"{tmp_path}/*.jsonl"), "main")
-    stream.prepare({"entry": 10, "offset": 0, "digest": ""})
-    stream.prepare({"entry": 10, "offset": 0, "digest": ""})
-    assert [process.poll() for process in begun] == [None]
+    done = threading.Semaphore(0)
+    for _ in range(2):
+        stream.prepare({"entry": 10, "offset": 0, "digest": ""}, lambda: done.release() and None)
+    while not begun:
+        time.sleep(0.01)
+    assert [process.poll() for process in begun] == [None] and not done.acquire(blocking=False)
     stream.close()
+    assert done.acquire(timeout=60) and done.acquire(timeout=60), "both are told"
     assert begun[0].returncode is not None
+    with pytest.raises(StreamUnavailable, match=os.strerror(errno.ECANCELED)):
+        stream.discover()
 
 
 @pytest.mark.usefixtures("here_never")
@@ -179,7 +187,7 @@ def test_a_stream_starts_goes_on_and_refuses_as_ever(tmp_path: Path) -> None:
 
     def started() -> JsonLines:
         stream = JsonLines(JsonLines.Settings(url=f"{tmp_path}/*.jsonl"), "main")
-        stream.prepare(items[-1][1])
+        stream.prepare(items[-1][1], lambda: None)
         stream.adopt(entries)
         return stream
 
@@ -205,3 +213,25 @@ def test_a_folder_that_is_gone_is_a_source_that_does_not_answer(tmp_path: Path) 
     stream = JsonLines(JsonLines.Settings(url=f"{tmp_path}/gone/*.jsonl"), "main")
     with pytest.raises(StreamUnavailable, match="gone"):
         stream.discover()
+
+
+def test_what_was_prepared_is_used_once_and_may_be_forgotten(tmp_path: Path) -> None:
+    stream = JsonLines(JsonLines.Settings(url=f"{tmp_path}/*.jsonl"), "main")
+    place = {"entry": 10, "offset": 0, "digest": ""}
+
+    def prepared(name: str) -> None:
+        """And then there is a new file."""
+        done = threading.Event()
+        stream.prepare(place, done.set)
+        assert done.wait(60)
+        (tmp_path / f"{name}.jsonl").write_bytes(lines([name]))
+
+    def found() -> list[str]:
+        return [row[0] for row in stream.discover()]
+
+    prepared("a")
+    assert found() == [] and found() == ["a.jsonl"]
+    prepared("b")
+    stream.forget()
+    assert found() == ["a.jsonl", "b.jsonl"]
+    stream.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,10 +137,10 @@ def test_a_poll_that_takes_long_is_not_all_that_is_done(tmp_path: Path) -> None:
     pipeline = world.pipeline(MemoryJournal())
     polled, poll = [0], pipeline.poll
 
-    def slow() -> int:
+    def slow(*, prepared: bool = False) -> int:
         polled[0] += 1
         time.sleep(0.05)
-        return poll()
+        return poll(prepared=prepared)
 
     pipeline.poll = slow  # type: ignore[method-assign]
     reader = Reader(pipeline, 2)
@@ -155,3 +156,39 @@ def test_a_poll_that_takes_long_is_not_all_that_is_done(tmp_path: Path) -> None:
     reader.poll()
     until(lambda: polled[0] > before)
     reader.close()
+
+
+def test_what_a_poll_waits_for_is_prepared_beside_the_reading(tmp_path: Path) -> None:
+    world = static_world(tmp_path)
+    pipeline = world.pipeline(MemoryJournal())
+    begun: list[Callable[[], None]] = []
+    polls: list[bool] = []
+    poll = pipeline.poll
+
+    def noted(*, prepared: bool = False) -> int:
+        polls.append(prepared)
+        return poll(prepared=prepared)
+
+    pipeline.prepare = begun.append  # type: ignore[method-assign]
+    pipeline.poll = noted  # type: ignore[method-assign]
+    reader = Reader(pipeline, 1)
+    reader.start()
+    assert isinstance(reader.get(PATIENCE_S), Batch)
+    before = len(polls)  # at the start there was nothing to read
+    reader.poll()
+    until(lambda: begun)
+    for _ in range(3):
+        reader.poll()
+        assert isinstance(reader.get(PATIENCE_S), Batch), "nothing waits for it"
+    assert len(begun) == 1 and len(polls) == before
+    begun[0]()
+    until(lambda: polls[before:] == [True])
+
+    # Nothing to read any more: a poll does not wait for what is being prepared, and looks for itself.
+    drain(reader)
+    world.write("lines", "z", [20] * 30)
+    world.write("texts", "z", [20] * 30)
+    reader.poll()
+    assert drain(reader)[0]
+    assert not any(polls[before + 1 :])
+    assert reader.close()

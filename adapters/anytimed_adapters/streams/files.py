@@ -107,9 +107,15 @@ class FileStream(ABC):
 
     # --- Stream -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, place: Json | None) -> None:
-        """Begin to list the files, where there are many, while the journal is read."""
-        self._store.begin_list(place["entry"] if place else 0)
+    def prepare(self, place: Json | None, done: Callable[[], None]) -> None:
+        """Begin to list the files, where that takes long."""
+        if self._has_start_listing():
+            done()
+        else:
+            self._store.begin_list(place["entry"] if place else 0, done)
+
+    def forget(self) -> None:
+        self._store.forget_list()
 
     def close(self) -> None:
         self._store.close()
@@ -240,9 +246,12 @@ class FileStream(ABC):
             return
         self._compare(index, expected, found)
 
+    def _has_start_listing(self) -> bool:
+        return self._start_listing is not None and self._clock() - self._start_listing[1] < _LISTING_KEEPS_S
+
     def _listing_of_start(self) -> Listing | None:
-        kept, self._start_listing = self._start_listing, None
-        return kept[0] if kept and self._clock() - kept[1] < _LISTING_KEEPS_S else None
+        kept, fits, self._start_listing = self._start_listing, self._has_start_listing(), None
+        return kept[0] if kept is not None and fits else None
 
     def _has_settled(self, path: str, size: int, version: Version, before: tuple[int, Version, float] | None) -> bool:
         settle_s = self._settings.settle_s

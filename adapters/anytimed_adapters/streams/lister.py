@@ -1,15 +1,16 @@
 """Lists local files; many of them in a process of its own.
 
 A million files take seconds, in which a thread that lists them would let the training have the interpreter only now
-and then. So where there were many the last time, walk.py runs beside this process and sends its columns. That process
-may also be begun before its list is asked for: a start reads its journal meanwhile. If it comes to nothing, the files
-are listed here.
+and then. So where there are many, walk.py runs beside this process and sends its columns. If it comes to nothing, the
+files are listed here.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,43 +25,43 @@ log = logging.getLogger(__name__)
 
 
 class Lister:
-    """One thread at a time."""
+    """One thread at a time, but for `close`. `count`: files that the last list had, or that one once had."""
 
     def __init__(self, selection: Selection) -> None:
         self._selection = selection
-        self._count = 0
         self._process: subprocess.Popen[bytes] | None = None
-
-    def begin(self, count: int) -> None:
-        """The list will be asked for soon; about `count` files were there once."""
-        if count >= MANY and self._process is None:
-            self._process = _begun(self._selection)
+        self._closed = False
+        self.count = 0
 
     def list(self) -> Listing:
-        """All files, as they are now or were at `begin`. Raises OSError."""
-        self.begin(self._count)
-        process, self._process = self._process, None
-        found = self._result_of(process) if process is not None else None
+        """All files. Raises OSError, also after `close`."""
+        found = self._listed_beside() if self.count >= MANY else None
+        if self._closed:
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), self._selection.base)
         if found is None:
             found = listed_locally(self._selection)
-        self._count = len(found.paths)
+        self.count = len(found.paths)
         return found
 
     def close(self) -> None:
-        """End the process, if there is one."""
-        process, self._process = self._process, None
-        if process is not None:
-            with process:
-                process.kill()
+        """End the process, if there is one. From any thread."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()
 
-    def _result_of(self, process: subprocess.Popen[bytes]) -> Listing | None:
-        """None where it came to nothing. Raises OSError where the walk did."""
+    def _listed_beside(self) -> Listing | None:
+        """By another process; None where that came to nothing. Raises OSError where the walk did."""
+        process = self._process = _begun(self._selection)
+        if process is None:
+            return None
         assert process.stdout is not None
         with process:
             try:
+                if self._closed:
+                    return None
                 found, unnamed = walk.received(process.stdout)
             except (EOFError, ValueError, LookupError, TypeError) as error:
-                log.info("the process that lists %s ended early (%s); listed here", self._selection.base, error)
+                log.info("the process that lists %s ended early (%s)", self._selection.base, error)
                 return None
             finally:
                 process.kill()  # it has said all it had to say
@@ -78,7 +79,7 @@ def _begun(selection: Selection) -> subprocess.Popen[bytes] | None:
             stderr=subprocess.DEVNULL,
         )
     except OSError as error:
-        log.info("no process can be started to list %s (%s); listed here", selection.base, error)
+        log.info("no process can be started to list %s (%s)", selection.base, error)
         return None
     assert process.stdin is not None
     try:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from anytimed.contracts import ConfigError, Refused, StreamUnavailable
 from anytimed.urls import bounded, credentials, told
-from anytimed_adapters.streams.lister import Lister
+from anytimed_adapters.streams import lister
 from anytimed_adapters.streams.listing import listed_by_store, selection
 from anytimed_adapters.streams.walk import Listing
 
@@ -79,19 +81,43 @@ class FileStore:
         self._fs: AbstractFileSystem = fs
         self._pattern = pattern
         self._warned: set[str] = set()  # of paths that cannot be journalled
-        self._lister = Lister(self._selection)
+        self._lister = lister.Lister(self._selection)
+        self._listing = threading.Lock()  # one list at a time
+        self._begun: Future[Listing] | None = None
         self.is_local = isinstance(fs, LocalFileSystem)
         protocols = fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)
         self.shows_unfinished_files = bool(_IN_PLACE & set(protocols))
 
-    def begin_list(self, count: int) -> None:
-        """`list` will be asked for soon, and `count` files or so were there once: begin, if that takes long."""
-        if self.is_local:
-            self._lister.begin(count)
+    def begin_list(self, count: int, done: Callable[[], None]) -> None:
+        """Begin the next `list` in a thread, if that takes long; about `count` files were there once. `done` is called,
+        from any thread, when `list` need not wait."""
+        self._lister.count = max(self._lister.count, count)
+        if not (self._lister.count >= lister.MANY if self.is_local else self._fs.async_impl):
+            done()
+            return
+        if self._begun is None:
+            self._begun = Future()
+            threading.Thread(target=self._answer, args=[self._begun], name="anytimed-list", daemon=True).start()
+        self._begun.add_done_callback(lambda _: done())
+
+    def forget_list(self) -> None:
+        """The next `list` is to be as new as can be, whatever has been begun."""
+        self._begun = None
 
     def list(self) -> Listing:
-        """Every file of the glob that is neither left out nor empty. Raises StreamUnavailable."""
-        with self._answering(self._url):
+        """Every file of the glob that is neither left out nor empty, now or at `begin_list`. Raises
+        StreamUnavailable."""
+        begun, self._begun = self._begun, None
+        return begun.result() if begun is not None else self._list()
+
+    def _answer(self, begun: Future[Listing]) -> None:
+        try:
+            begun.set_result(self._list())
+        except BaseException as error:  # noqa: BLE001 - raised where it is asked for
+            begun.set_exception(error)
+
+    def _list(self) -> Listing:
+        with self._listing, self._answering(self._url):
             if self.is_local:
                 found = self._lister.list()
             else:
@@ -103,7 +129,7 @@ class FileStore:
         return found
 
     def close(self) -> None:
-        """End what `begin_list` began."""
+        """End what `begin_list` began; nothing is listed any more."""
         self._lister.close()
 
     def full(self, path: str) -> str:

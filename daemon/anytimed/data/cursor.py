@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,8 +133,20 @@ class Cursor:
         self.reason = ""
         self.undiscovered: str | None = None
         self.unacknowledged: str | None = None
-        if isinstance(stream, Preparing):
-            stream.prepare(place)
+        if place is not None:
+            self.prepare(lambda: None)  # for `verify`
+
+    def prepare(self, done: Callable[[], None]) -> None:
+        """Begin what `discover` will need; `done` is called, from any thread, when it need not be waited for."""
+        if isinstance(self._stream, Preparing):
+            self._stream.prepare(self.place, done)
+        else:
+            done()
+
+    def forget(self) -> None:
+        """What was prepared is not to be used."""
+        if isinstance(self._stream, Preparing):
+            self._stream.forget()
 
     def finished_before(self, finished: Mapping[int, str]) -> None:
         """Entries, adopted already, that were read to their end before the place; they are checked, now or when the

@@ -149,9 +149,13 @@ class Pipeline:
 
     # --- what the owner calls -----------------------------------------------------------------------------------------
 
-    def poll(self) -> int:
+    def prepare(self, done: Callable[[], None]) -> None:
+        """Begin what a poll would wait for; `done` is called, from any thread, when `poll(prepared=True)` will not."""
+        self._sources.prepare(done)
+
+    def poll(self, *, prepared: bool = False) -> int:
         """Ask the sources for new data; journal and adopt it. How many new entries there are, and sources that can be
-        drawn from again; 0 during a replay.
+        drawn from again; 0 during a replay. prepared: what was there when `prepare` was called will do.
 
         A source that does not answer is passed over (`Dry` tells of it), and so is what the journal cannot take for now
         (`status` tells of it). Raises Refused where read data has changed.
@@ -164,6 +168,8 @@ class Pipeline:
                 return 0
         if self._replaying or self._ends:
             return 0  # the end of the block stands in the journal before anything else does
+        if not prepared:
+            self._sources.forget()
         found, undecided = self._sources.discover(self._decide_here)
         self._undecided = undecided
         self._nothing_new = self._is_dry and not found and undecided is None

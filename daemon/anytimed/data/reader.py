@@ -29,8 +29,9 @@ def read_one(pipeline: Pipeline) -> Batch | Dry:
     return outcome
 
 
-POLL_SHARE = 50.0
-"""While there is something to read, a poll comes no sooner than this many times as long as the last one took."""
+POLL_SHARE, PREPARE_SHARE = 50.0, 4.0
+"""While there is something to read, a poll comes no sooner than so many times as long as the last one, and what was
+prepared beside for it, took: listing a million files takes seconds."""
 
 
 class Reader:
@@ -43,6 +44,8 @@ class Reader:
         self._batches: deque[Batch] = deque()
         self._dry: Dry | None = None
         self._poll = False
+        self._preparing: float | None = None  # since when
+        self._prepared = False
         self._oldest: tuple[Json, bool] | None = None
         self._polls_from = 0.0
         self._was_dry = False
@@ -137,26 +140,57 @@ class Reader:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closed or self._poll or self._oldest is not None or self._may_read()
+                    lambda: (
+                        self._closed
+                        or self._may_poll()
+                        or self._prepared
+                        or self._oldest is not None
+                        or self._may_read()
+                    )
                 )
                 if self._closed:
                     return False
                 oldest, self._oldest = self._oldest, None
-                poll, self._poll = self._poll, False
+                prepared, self._prepared = self._prepared, False
                 dry, self._was_dry = self._was_dry, False
+                if poll := self._may_poll() or dry:
+                    self._poll = False
             if oldest is not None:
                 self._pipeline.acknowledge(oldest[0], tell=oldest[1])
-            if poll and (dry or time.monotonic() >= self._polls_from):
-                began = time.monotonic()
-                self._pipeline.poll()
-                now = time.monotonic()
-                # A listing of a million files takes seconds: while there is something to read, it is not all we do.
-                self._polls_from = now + POLL_SHARE * (now - began)
+            if prepared:
+                self._poll_now(prepared=True)
+            if poll and dry:
+                self._poll_now()
+            elif poll and time.monotonic() >= self._polls_from:
+                # What is new is looked up beside the reading, where that takes long.
+                self._preparing = time.monotonic()
+                self._pipeline.prepare(self._note_prepared)
+                with self._changed:
+                    at_once, self._prepared = self._prepared, False
+                if at_once:
+                    self._poll_now(prepared=True)
             self._tell()
             with self._changed:
                 if self._may_read():
                     # A poll that takes longer than the time between two of them must not be all that is done.
                     return True
+
+    def _poll_now(self, *, prepared: bool = False) -> None:
+        began = time.monotonic()
+        self._pipeline.poll(prepared=prepared)
+        now = time.monotonic()
+        beside = now - self._preparing if prepared and self._preparing is not None else 0.0
+        self._polls_from = now + max(POLL_SHARE * (now - began), PREPARE_SHARE * beside)
+        if prepared:
+            self._preparing = None
+
+    def _note_prepared(self) -> None:
+        with self._changed:
+            self._prepared = True
+            self._changed.notify_all()
+
+    def _may_poll(self) -> bool:
+        return self._poll and (self._was_dry or self._preparing is None)
 
     def _may_read(self) -> bool:
         return self._dry is None and len(self._batches) <= self._depth // 2

@@ -8,6 +8,7 @@ for new data and those left out whether they can be drawn from again.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -193,6 +194,28 @@ class Sources:
         )
 
     # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, done: Callable[[], None]) -> None:
+        """Begin what `discover` will need; `done` is called, from any thread, when it need not wait."""
+        cursors = [cursor for _, cursor in self.active()]
+        left = iter(range(len(cursors) - 1, -1, -1))
+        one_at_a_time = threading.Lock()
+
+        def prepared() -> None:
+            with one_at_a_time:
+                last = next(left) == 0
+            if last:
+                done()
+
+        for cursor in cursors:
+            cursor.prepare(prepared)
+        if not cursors:
+            done()
+
+    def forget(self) -> None:
+        """What was prepared is not to be used."""
+        for _, cursor in self.active():
+            cursor.forget()
 
     def discover(self, decide: Decide) -> tuple[int, str | None]:
         """Ask for new data, and whether those left out can be drawn from again. How many new entries there are, and
