@@ -80,7 +80,7 @@ class Benchmark:
                 found[key] = {"status": "failed", "reason": str(error)}
                 continue
             found[key] = {"status": "measured", "title": CONTENDERS[key].title, "tried": tried}
-            found[key]["setting"] = "" if key == "ours" else chosen[key].told
+            found[key]["setting"] = chosen[key].told
         turns = self._rounds(kind, chosen, batches)
         for key in chosen:
             found[key] |= figures(turns, key)

@@ -29,8 +29,8 @@ class Contender:
         return self.tokens if kind == "bin" else self.text
 
     def settings(self, kind: str) -> tuple[Setting, ...]:
-        if self.package is None:
-            return (Setting(0, False),)  # its configuration says the rest
+        if self.package is None:  # a worker of ours uses no threads
+            return (Setting(0, False),) if kind == "bin" else (Setting(0, True), Setting(1, False), Setting(2, False))
         return FOR_TOKENS if kind == "bin" else FOR_TEXT
 
 

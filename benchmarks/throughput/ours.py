@@ -15,6 +15,7 @@ from anytimed.data.reader import Reader
 from anytimed.service.assembly import parts_of, pipeline_of
 from anytimed.storage.journal import Journal
 from throughput.corpus import BATCH_SIZE, END, SEQUENCE_LENGTH
+from throughput.peers import Setting
 
 BLOCK_SEQUENCES = 1024
 """Shuffled together; a turn is a whole number of blocks, for reading and handing out a block take turns too."""
@@ -27,7 +28,7 @@ _SOURCES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(corpus: Path, kind: str, scratch: Path) -> Config:
+def config_of(corpus: Path, kind: str, scratch: Path, workers: int) -> Config:
     """A run in `scratch` on the set `kind`; the model is there because a configuration has one."""
     source = {k: v.format(folder=corpus / kind) if k == "url" else v for k, v in _SOURCES[kind].items()}
     return Config.model_validate(
@@ -46,6 +47,7 @@ def config_of(corpus: Path, kind: str, scratch: Path) -> Config:
                 "sequence_length": SEQUENCE_LENGTH,
                 "batch_size": BATCH_SIZE,
                 "shuffle_block_sequences": BLOCK_SEQUENCES,
+                "tokenizer_workers": workers,
             },
             "sources": {"library": source},
             "optimizer": {"type": "sf_normuon", "lr": 0.04},
@@ -54,9 +56,9 @@ def config_of(corpus: Path, kind: str, scratch: Path) -> Config:
     )
 
 
-def ours(corpus: Path, kind: str, setting: object, scratch: Path) -> Iterator[Any]:
+def ours(corpus: Path, kind: str, setting: Setting, scratch: Path) -> Iterator[Any]:
     """One pass; the reader is closed when the iterator is."""
-    config = config_of(corpus, kind, scratch)
+    config = config_of(corpus, kind, scratch, setting.workers)
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "journal.jsonl").unlink(missing_ok=True)
     journal = Journal(scratch / "journal.jsonl")

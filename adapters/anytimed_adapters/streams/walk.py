@@ -12,6 +12,7 @@ but the standard library, so that it starts in a few hundredths of a second.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import IO, Any
 Version = int | str
 
 _KIND = S_IFMT(-1 & 0xFFFF)
+_PART = 10_000
 _ENTRIES = 128
 """Of a folder at a time: what is known of them then stays in the processor's cache."""
 _is_folder, _stat_of = os.DirEntry.is_dir, os.DirEntry.stat
@@ -50,6 +52,11 @@ class Listing:
         self.paths.append(path)
         self.sizes.append(size)
         self.versions.append(version)
+
+    def extend(self, more: Listing) -> None:
+        self.paths += more.paths
+        self.sizes += more.sizes
+        self.versions += more.versions
 
     def of(self, rows: Iterable[int]) -> Listing:
         """These rows alone."""
@@ -117,11 +124,21 @@ def left_out(name: str) -> bool:
 
 
 def listed_locally(selection: Selection) -> Listing:
-    """fsspec's glob takes a folder below the first that it cannot list for an empty one, rounds the modification time,
+    """All files; `walked` says of which."""
+    whole = Listing()
+    for part in walked(selection):
+        whole.extend(part)
+    return whole
+
+
+def walked(selection: Selection) -> Iterator[Listing]:
+    """The files in parts, none of them empty.
+
+    fsspec's glob takes a folder below the first that it cannot list for an empty one, rounds the modification time,
     and does not look through links; so local files are walked here, by the same translation of the glob.
 
     Folders behind links come after all others: what is reached both ways keeps its own path, whatever order a folder
-    lists in. A link that leads nowhere is no file."""
+    lists in. A link that leads nowhere is no file. Raises OSError."""
     found = Listing()
     seen: set[tuple[int, int]] = set()  # folders, so that a link to one above ends the walk there
     folders: list[tuple[str, int]] = [("", 0)]
@@ -140,7 +157,11 @@ def listed_locally(selection: Selection) -> Listing:
         for entry, path in _walk_folder(selection, found, full, f"{folder}/" if folder else ""):
             if descend:
                 (linked if entry.is_symlink() else folders).append((path, depth + 1))
-    return found
+        if len(found.paths) >= _PART:
+            yield found
+            found = Listing()
+    if found.paths:
+        yield found
 
 
 def _walk_folder(selection: Selection, found: Listing, full: str, prefix: str) -> list[tuple[os.DirEntry[str], str]]:
@@ -209,43 +230,44 @@ def _add_each(
 # --- to another process -----------------------------------------------------------------------------------------------
 
 
-def send(listing: Listing, unnamed: Iterable[str], out: IO[bytes]) -> None:
-    """A line of JSON, then the columns. Raises OverflowError on times beyond the year 2262."""
-    paths = "\0".join(listing.paths).encode()
-    columns = [array("q", column).tobytes() for column in (listing.sizes, listing.versions)]
-    told = {"files": len(listing.paths), "path_bytes": len(paths), "unnamed": sorted(unnamed)}
-    out.writelines([json.dumps(told).encode() + b"\n", paths, *columns])
+def send(part: Listing, out: IO[bytes]) -> None:
+    """A line of JSON, then the columns; of a list that goes on. Raises OverflowError on times beyond the year 2262."""
+    paths = "\0".join(part.paths).encode()
+    columns = [array("q", column).tobytes() for column in (part.sizes, part.versions)]
+    out.writelines([json.dumps({"files": len(part.paths), "path_bytes": len(paths)}).encode() + b"\n", paths, *columns])
 
 
 def received(source: IO[bytes]) -> tuple[Listing, list[str]]:
-    """What `send` wrote: the listing, and the paths that cannot be journalled. Raises OSError where the walk did, and
-    EOFError, ValueError or LookupError where it did not come to an end."""
-    told = json.loads(source.readline())
-    if "errno" in told:
-        raise OSError(told["errno"], told["strerror"], told["path"])
-    count: int = told["files"]
-    paths = source.read(told["path_bytes"]).decode()
-    sizes, versions = (array("q", source.read(8 * count)) for _ in range(2))
-    listing = Listing(paths.split("\0") if count else [], sizes, versions)
-    if not len(listing.paths) == len(sizes) == len(versions) == count:
-        raise EOFError("the list is cut off")
-    return listing, told["unnamed"]
+    """All parts until the end, and the paths that cannot be journalled. Raises OSError where the walk did; EOFError,
+    ValueError, LookupError or TypeError where it did not come to an end."""
+    whole = Listing([], array("q"), array("q"))
+    while "unnamed" not in (told := json.loads(source.readline())):
+        if "errno" in told:
+            raise OSError(told["errno"], told["strerror"], told["path"])
+        count: int = told["files"]
+        paths = source.read(told["path_bytes"]).decode().split("\0")
+        sizes, versions = (array("q", source.read(8 * count)) for _ in range(2))
+        if not len(paths) == len(sizes) == len(versions) == count:
+            raise EOFError("the list is cut off")
+        whole.extend(Listing(paths, sizes, versions))
+    return whole, told["unnamed"]
 
 
 def main() -> None:
-    """A selection as JSON on stdin; its files to stdout."""
+    """A selection as JSON on stdin; its files to stdout, while they are found."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked, and closes the pipe
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    gc.disable()  # nothing here refers to itself
     selection = Selection(**json.load(sys.stdin))
     selection.unnamed = set()
     out = sys.stdout.buffer
     try:
-        listing = listed_locally(selection)
+        for part in walked(selection):
+            send(part, out)
+        end: dict[str, Any] = {"unnamed": sorted(selection.unnamed)}
     except OSError as error:
-        told = {"errno": error.errno, "strerror": error.strerror, "path": error.filename}
-        out.write(json.dumps(told).encode() + b"\n")
-    else:
-        send(listing, selection.unnamed, out)
+        end = {"errno": error.errno, "strerror": error.strerror, "path": error.filename}
+    out.write(json.dumps(end).encode() + b"\n")
     out.flush()
 
 
