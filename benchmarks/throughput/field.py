@@ -29,8 +29,8 @@ class Contender:
         return self.tokens if kind == "bin" else self.text
 
     def settings(self, kind: str) -> tuple[Setting, ...]:
-        if self.package is None:  # a worker of ours uses no threads
-            return (Setting(0, False),) if kind == "bin" else (Setting(0, True), Setting(1, False), Setting(2, False))
+        if self.package is None:  # as the daemon comes: no workers, which would be sessions of their own here
+            return (Setting(0, kind != "bin"),)
         return FOR_TOKENS if kind == "bin" else FOR_TEXT
 
 

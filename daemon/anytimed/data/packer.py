@@ -11,6 +11,7 @@ touched before costs a fraction of fresh pages.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,19 +44,28 @@ class Windows:
         """A copy of some windows, (n, length + 1)."""
         length = self._length
         taken = np.empty((len(numbers), length + 1), np.int32)
-        # Row by row: an index over overlapping windows costs numpy several times as much.
-        for row, number in enumerate(numbers.tolist()):
-            taken[row] = self.buffer[number * length : number * length + length + 1]
+        # Without the last token of each, which the next window shares: an index over overlapping windows costs numpy
+        # several times as much.
+        taken[:, :length] = self.buffer[: self._count * length].reshape(self._count, length)[numbers]
+        taken[:, length] = self.buffer[length::length][numbers]
         return taken
 
     def labels(self, numbers: NDArray[np.intp]) -> Labels:
-        """Those of the targets of some windows, (n, length)."""
+        """Those of the targets of some windows, (n, length); read-only."""
         if len(self._runs) <= 1:
-            return np.full((len(numbers), self._length), self._runs[0][0] if self._runs else 0, np.int16)
+            return _all_of(self._runs[0][0] if self._runs else 0, len(numbers), self._length)
         if self._labels is None:
             told = np.repeat([label for label, _ in self._runs], [n for _, n in self._runs]).astype(np.int16)
             self._labels = told[1 : 1 + self._count * self._length].reshape(self._count, self._length)
         return self._labels[numbers]
+
+
+@functools.lru_cache(maxsize=64)
+def _all_of(label: int, count: int, length: int) -> Labels:
+    """One label throughout, for every batch of one source the same array."""
+    labels = np.full((count, length), label, np.int16)
+    labels.flags.writeable = False
+    return labels
 
 
 class Packer:

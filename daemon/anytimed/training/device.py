@@ -83,7 +83,7 @@ class Device:
 
     def put(self, tokens: NDArray[np.integer[Any]]) -> Tensor:
         """Token ids or labels on the device as int64, same shape; pinned and asynchronous on CUDA."""
-        host = torch.from_numpy(tokens)
+        host = torch.from_numpy(np.require(tokens, requirements="W"))  # of another kind torch warns
         if self.is_cuda:
             return host.pin_memory().to(self.torch_device, non_blocking=True).long()
         return host.long()
