@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anytimed.contracts import ConfigError, Holdout, SourceRule
+from anytimed.contracts import AnytimedError, ConfigError, Holdout, SourceRule
 from anytimed.data.holdout import HoldoutKeeper
 from anytimed.data.mixture import Mixture
 from anytimed.data.packer import Packer
@@ -61,11 +61,11 @@ def test_a_source_that_is_left_out_leaves_its_draws_to_the_others_and_comes_back
 # --- packer -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 7), st.lists(st.tuples(st.integers(0, 40), st.booleans())))
+@given(st.integers(1, 7), st.lists(st.tuples(st.integers(0, 40), st.booleans())), st.sampled_from([1 << 16, 1 << 17]))
 def test_every_token_is_a_target_once_wherever_the_packer_is_taken_up_again(
-    length: int, documents: list[tuple[int, bool]]
+    length: int, documents: list[tuple[int, bool]], vocab_size: int
 ) -> None:
-    packer, at, windows = Packer(length), 0, []
+    packer, at, windows = Packer(length, vocab_size=vocab_size), 0, []
     owners: list[int] = []
     labels: list[list[int]] = []
     for size, again in documents:
@@ -86,13 +86,22 @@ def test_every_token_is_a_target_once_wherever_the_packer_is_taken_up_again(
         rest, runs = packer.remainder()
         assert rest.size == sum(count for _, count in runs) <= length
         if again:
-            packer, start = Packer(length), 0
+            packer, start = Packer(length, vocab_size=vocab_size), 0
             for whose, count in runs:
                 packer.add(rest[start : start + count], whose)
                 start += count
     assert windows == [list(range(i, i + length + 1)) for i in range(0, at - length, length)]
     assert labels == [[owners[i] for i in window[1:]] for window in windows]
     assert packer.remainder()[0].tolist() == list(range(len(windows) * length, at))
+
+
+@pytest.mark.parametrize("vocab_size", [10, 1 << 16, 1 << 17])
+def test_a_token_beyond_the_vocabulary_is_refused_whole(vocab_size: int) -> None:
+    packer = Packer(4, vocab_size=vocab_size)
+    packer.add(np.array([0, vocab_size - 1], np.int32), 0)
+    with pytest.raises(AnytimedError, match=f"gave token {vocab_size}; .*vocab_size = {vocab_size}"):
+        packer.add(np.array([1, vocab_size], np.int32), 0)
+    assert packer.remainder()[0].tolist() == [0, vocab_size - 1]
 
 
 def test_a_remainder_is_a_copy() -> None:

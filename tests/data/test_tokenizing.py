@@ -334,3 +334,66 @@ def test_closing_wakes_who_waits_and_ends_the_workers(troubled: Any) -> None:
         pending.result()
     with pytest.raises(Closed):
         pool.submit([])
+
+
+# --- a thread beside --------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Encodes a batch when it is let; a text "bad" cannot be encoded."""
+
+    vocab_size, end_token = 256, 0
+
+    def __init__(self) -> None:
+        self.let, self.batches = threading.Semaphore(0), 0
+
+    def encode(self, text: str) -> Any:
+        if text == "bad":
+            raise ValueError("this one")
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Any) -> Any:
+        self.batches += 1
+        assert self.let.acquire(timeout=60)
+        return [self.encode(text) for text in texts]
+
+
+def held() -> tuple[Held, Tokenizing]:
+    tokenizer = Held()
+    return tokenizer, tokenizing(tokenizer, 0, rebuild("bytes"))  # type: ignore[arg-type]
+
+
+def test_a_batch_is_begun_before_its_result_is_asked_for() -> None:
+    tokenizer, form = held()
+    first, second = form.submit(["a", "bc"]), form.submit(["d", "ef"])
+    tokenizer.let.release(2)
+    while tokenizer.batches < 2:
+        time.sleep(0.005)
+    assert form.ahead > 0
+    assert [t.tolist() for t in second.result()] == [[100], [101, 102]], "in any order, and again"
+    assert [t.tolist() for t in first.result()] == [t.tolist() for t in first.result()] == [[97], [98, 99]]
+    form.close()
+
+
+def test_what_the_thread_could_not_encode_is_raised_where_it_is_asked_for_and_the_rest_goes_on() -> None:
+    tokenizer, form = held()
+    tokenizer.let.release(3)
+    good, bad, after = (form.submit(["a", text]) for text in ("b", "bad", "c"))
+    assert len(good.result()) == len(after.result()) == 2
+    with pytest.raises(ValueError, match="this one") as found:
+        bad.result()
+    assert found.value.__notes__ == ["text 1 of a batch of 2, counted from 0"]
+    form.close()
+
+
+def test_closing_wakes_who_waits_for_the_thread() -> None:
+    tokenizer, form = held()
+    pending = form.submit(["a", "b"])
+    while not tokenizer.batches:
+        time.sleep(0.005)
+    threading.Timer(0.05, form.close).start()
+    with pytest.raises(Closed):
+        pending.result()
+    with pytest.raises(Closed):
+        form.submit(["c"])
+    tokenizer.let.release()

@@ -1,19 +1,22 @@
 """Lists local files; many of them in a process of its own.
 
 A million files take seconds, in which a thread that lists them would let the training have the interpreter only now
-and then. So where there are many, walk.py runs beside this process and sends its columns. If it comes to nothing, the
+and then. So where there are many, walk.py runs beside this process and writes its columns. If it comes to nothing, the
 files are listed here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 from anytimed_adapters.streams import walk
 from anytimed_adapters.streams.walk import Listing, Selection, listed_locally
@@ -51,40 +54,41 @@ class Lister:
 
     def _listed_beside(self) -> Listing | None:
         """By another process; None where that came to nothing. Raises OSError where the walk did."""
-        process = self._process = _begun(self._selection)
-        if process is None:
-            return None
-        assert process.stdout is not None
-        with process:
+        # Not a pipe: who reads one while this process is busy with something else makes the other one wait.
+        with _in_memory() as found:
+            process = self._process = _begun(self._selection, found)
+            if process is None:
+                return None
+            if self._closed:
+                process.kill()
+            process.wait()
+            found.seek(0)
             try:
-                if self._closed:
-                    return None
-                found, unnamed = walk.received(process.stdout)
+                listing, unnamed = walk.received(found)
             except (EOFError, ValueError, LookupError, TypeError) as error:
                 log.info("the process that lists %s ended early (%s)", self._selection.base, error)
                 return None
-            finally:
-                process.kill()  # it has said all it had to say
         self._selection.unnamed.update(unnamed)
-        return found
+        return listing
 
 
-def _begun(selection: Selection) -> subprocess.Popen[bytes] | None:
+def _in_memory() -> IO[bytes]:
+    """A file without a name."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("anytimed-list"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _begun(selection: Selection, out: IO[bytes]) -> subprocess.Popen[bytes] | None:
     interpreter = [sys.executable, "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"]
     try:
         process = subprocess.Popen(
-            [*interpreter, str(Path(walk.__file__))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            [*interpreter, str(Path(walk.__file__))], stdin=subprocess.PIPE, stdout=out, stderr=subprocess.DEVNULL
         )
     except OSError as error:
         log.info("no process can be started to list %s (%s)", selection.base, error)
         return None
     assert process.stdin is not None
-    try:
-        process.stdin.write(json.dumps(selection.to_json()).encode())
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # its list will be cut off
+    with contextlib.suppress(BrokenPipeError), process.stdin as told:  # it has ended: there is no list then
+        told.write(json.dumps(selection.to_json()).encode())
     return process

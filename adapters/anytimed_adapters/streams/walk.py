@@ -255,8 +255,7 @@ def received(source: IO[bytes]) -> tuple[Listing, list[str]]:
 
 def main() -> None:
     """A selection as JSON on stdin; its files to stdout, while they are found."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked, and closes the pipe
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked, and ends this one
     gc.disable()  # nothing here refers to itself
     selection = Selection(**json.load(sys.stdin))
     selection.unnamed = set()

@@ -6,7 +6,7 @@ a target exactly once. What does not fill a window is the remainder, at most `se
 Every token carries the label of the source that it came from; labels are kept in runs.
 
 Tokens are copied once, into a buffer that leaves with its windows and comes back when they are used up: memory that was
-touched before costs a fraction of fresh pages.
+touched before costs a fraction of fresh pages. Where the vocabulary allows it the buffer has two bytes a token.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anytimed.contracts import Tokens
+from anytimed.contracts import AnytimedError, Tokens
 
 Labels = NDArray[np.int16]
 Run = tuple[int, int]
 """A label and how many tokens have it."""
 
+Buffer = NDArray[Any]
+"""uint16 or int32, shape (n,)."""
 _SPARE = 2
 """Buffers kept for later."""
 
@@ -31,7 +33,7 @@ _SPARE = 2
 class Windows:
     """Windows of one buffer, by number; `labels` of the targets, by number too."""
 
-    def __init__(self, buffer: NDArray[np.int32], count: int, length: int, runs: Sequence[Run]) -> None:
+    def __init__(self, buffer: Buffer, count: int, length: int, runs: Sequence[Run]) -> None:
         self.buffer = buffer
         self._count, self._length = count, length
         self._runs = runs
@@ -69,12 +71,15 @@ def _all_of(label: int, count: int, length: int) -> Labels:
 
 
 class Packer:
-    """Holds tokens until they fill windows. `sequence_length` >= 1, in tokens; `expected_tokens` until a `take`."""
+    """Holds tokens until they fill windows. `sequence_length` >= 1, in tokens; `expected_tokens` until a `take`; every
+    token is below `vocab_size`."""
 
-    def __init__(self, sequence_length: int, expected_tokens: int = 0) -> None:
+    def __init__(self, sequence_length: int, expected_tokens: int = 0, *, vocab_size: int = 1 << 31) -> None:
         self._length = sequence_length
         self._expected = expected_tokens
-        self._spare: list[NDArray[np.int32]] = []
+        self._vocab_size = vocab_size
+        self._dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
+        self._spare: list[Buffer] = []
         self._buffer = self._take_buffer()
         self._runs: list[Run] = []
         self._size = 0
@@ -85,13 +90,18 @@ class Packer:
         return max(0, (self._size - 1) // self._length)
 
     def add(self, tokens: NDArray[np.integer[Any]], label: int) -> None:
-        """Append tokens, shape (n,), of one source, as a copy."""
+        """Append tokens, shape (n,), of one source, as a copy. Raises AnytimedError on one beyond the vocabulary."""
+        if tokens.dtype.kind == "i" and tokens.size and int(tokens.max()) >= self._vocab_size:
+            raise AnytimedError(
+                f"the tokenizer gave token {int(tokens.max())}; expected one below its vocab_size = "
+                f"{self._vocab_size}: the adapter has to be corrected"
+            )
         end = self._size + tokens.size
         if end > self._buffer.size:
-            grown = np.empty(max(end, 2 * self._buffer.size), np.int32)
+            grown = np.empty(max(end, 2 * self._buffer.size), self._dtype)
             grown[: self._size] = self._buffer[: self._size]
             self._buffer = grown
-        np.copyto(self._buffer[self._size : end], tokens, casting="unsafe")  # below the vocabulary: they fit
+        np.copyto(self._buffer[self._size : end], tokens, casting="unsafe")  # below the vocabulary, they fit
         self._size = end
         if self._runs and self._runs[-1][0] == label:
             self._runs[-1] = (label, self._runs[-1][1] + tokens.size)
@@ -117,10 +127,10 @@ class Packer:
 
     def remainder(self) -> tuple[Tokens, list[Run]]:
         """The tokens that wait, shape (n,), as a copy, and whose they are."""
-        return self._buffer[: self._size].copy(), list(self._runs)
+        return self._buffer[: self._size].astype(np.int32), list(self._runs)
 
-    def _take_buffer(self) -> NDArray[np.int32]:
-        return self._spare.pop() if self._spare else np.empty(self._expected, np.int32)
+    def _take_buffer(self) -> Buffer:
+        return self._spare.pop() if self._spare else np.empty(self._expected, self._dtype)
 
 
 def _behind(runs: Sequence[Run], used: int) -> list[Run]:

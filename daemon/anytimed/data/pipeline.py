@@ -127,7 +127,7 @@ class Pipeline:
         self._block = position.block
         self._skip = position.index
         expected = (self._block_sequences + 2) * self._sequence_length
-        self._packer = Packer(self._sequence_length, expected)
+        self._packer = Packer(self._sequence_length, expected, vocab_size=self._vocab_size)
         at = 0
         for name, count in position.runs:
             self._packer.add(position.remainder[at : at + count], self._label(name))

@@ -1,17 +1,20 @@
-"""Texts to tokens, batch by batch, in the order of the texts: in the calling thread or in worker processes.
+"""Texts to tokens, batch by batch, in the order of the texts: in the calling thread, in one beside it, or in workers.
 
-`tokenizing` chooses. Without workers a batch is encoded when its result is asked for. With workers it goes to them at
-once (`worker_pool`), and the result only waits for what is not done yet. Both give the same tokens and raise the same
-errors, so that nothing but speed depends on the choice.
+`tokenizing` chooses. Without workers a batch is encoded when its result is asked for; where the tokenizer encodes
+without holding the interpreter, a thread begins at once, while the caller reads on. With workers it goes to them
+(`worker_pool`), and the result only waits for what is not done yet. All give the same tokens and raise the same errors,
+so that nothing but speed depends on the choice.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from queue import SimpleQueue
 from typing import Protocol
 
 from anytimed.contracts import Tokenizer, Tokens
-from anytimed.data.encoding import Closed, Rebuild, encode_all, pieces
+from anytimed.data.encoding import PIECE_CHARACTERS, BatchTokenizer, Closed, Rebuild, encode_all, pieces
 from anytimed.data.worker_pool import WorkerPool
 
 
@@ -41,9 +44,11 @@ class Tokenizing(Protocol):
 
 
 def tokenizing(tokenizer: Tokenizer, workers: int, rebuild: Rebuild) -> Tokenizing:
-    """workers: the processes that encode; 0: the calling thread does (and, with its `encode_batch`, the tokenizer's
-    own threads). rebuild: how a worker makes `tokenizer` again."""
-    return WorkerPool(tokenizer, workers, rebuild) if workers else _Here(tokenizer)
+    """workers: the processes that encode; 0: this one does (and, with its `encode_batch`, the tokenizer's own threads).
+    rebuild: how a worker makes `tokenizer` again."""
+    if workers:
+        return WorkerPool(tokenizer, workers, rebuild)
+    return _Beside(tokenizer) if isinstance(tokenizer, BatchTokenizer) else _Here(tokenizer)
 
 
 class _Here:
@@ -84,3 +89,61 @@ class _Later:
                 error.add_note(f"text {len(self._encoded)} of a batch of {len(self._texts)}, counted from 0")
                 raise error
         return self._encoded
+
+
+class _Beside:
+    """The form without workers, by a thread: for tokenizers that let others have the interpreter meanwhile."""
+
+    ahead = 2 * PIECE_CHARACTERS
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.changed = threading.Condition()
+        self.here = _Here(tokenizer)
+        self._batches: SimpleQueue[_Begun | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, texts: Sequence[str]) -> Pending:
+        begun = _Begun(self, self.here.submit(texts))
+        if self._thread is None:  # a daemon: who leaves does not wait for a long text
+            self._thread = threading.Thread(target=self._run, name="anytimed-tokenize", daemon=True)
+            self._thread.start()
+        self._batches.put(begun)
+        return begun
+
+    def close(self) -> None:
+        self.here.close()
+        self._batches.put(None)
+        with self.changed:
+            self.changed.notify_all()
+
+    def _run(self) -> None:
+        while (begun := self._batches.get()) is not None:
+            begun.encode()
+
+
+class _Begun:
+    """A batch that the thread encodes, or has encoded."""
+
+    def __init__(self, beside: _Beside, batch: Pending) -> None:
+        self._beside, self._batch = beside, batch
+        self._outcome: list[Tokens] | BaseException | None = None
+
+    def encode(self) -> None:
+        outcome: list[Tokens] | BaseException
+        try:
+            outcome = self._batch.result()
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            outcome = error
+        with self._beside.changed:
+            self._outcome = outcome
+            self._beside.changed.notify_all()
+
+    def result(self) -> list[Tokens]:
+        with self._beside.changed:
+            self._beside.changed.wait_for(lambda: self._outcome is not None or self._beside.here.closed)
+            outcome = self._outcome
+        if outcome is None:
+            raise Closed("the tokenizing is closed")
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
