@@ -20,8 +20,9 @@ from anytimed.config import Config
 from anytimed.contracts import Batch, HeldRecord, Holdout, Json
 from anytimed.service.console import View
 from anytimed.service.loop import Daemon
+from anytimed.service.recovery import recover
 from anytimed.service.requests import Mailbox
-from anytimed.service.session import Session, recover
+from anytimed.service.session import Session
 from anytimed.storage.run_directory import RunDirectory
 from anytimed.training.evaluate import Evaluator
 from extension.corpora import Corpus

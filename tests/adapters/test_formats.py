@@ -612,7 +612,7 @@ def test_verify_and_the_first_discover_share_one_listing(tmp_path: Path, monkeyp
     (tmp_path / "d.jsonl").write_bytes(lines(["new"]))
     listed = []
     of_store = FileStore.list
-    monkeypatch.setattr(FileStore, "list", lambda self: (listed.append(1), of_store(self))[1])
+    monkeypatch.setattr(FileStore, "list", lambda self, *select: (listed.append(1), of_store(self, *select))[1])
     clock = Clocks(0.0)
     again = JSONL.stream(str(tmp_path), clock=clock)
     again.adopt(entries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from anytimed_adapters.streams import walk
 from anytimed_adapters.streams.jsonl import JsonLines
 from anytimed_adapters.streams.lister import Lister
 from anytimed_adapters.streams.listing import selection
-from anytimed_adapters.streams.walk import Listing, Selection, listed_locally
+from anytimed_adapters.streams.walk import Listing, Selection, walked
 from tests.adapters.formats import lines
 
 Row = tuple[str, int, int]
@@ -42,11 +41,19 @@ def here_never(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(selected: Selection) -> Listing:
         raise AssertionError(f"{selected.base} was listed here")
 
-    monkeypatch.setattr(lister_module, "listed_locally", refuse)
+    monkeypatch.setattr(lister_module, "walked", refuse)
 
 
 def rows(listing: Listing) -> list[Row]:
-    return sorted(zip(listing.paths, listing.sizes, listing.versions, strict=True))
+    return sorted(listing.rows())
+
+
+def listed(lister: Lister) -> list[Row]:
+    return rows(lister.list(lambda part: part))
+
+
+def listed_here(chosen: Selection) -> list[Row]:
+    return sorted(row for part in walked(chosen) for row in part.rows())
 
 
 def tree(folder: Path) -> None:
@@ -78,12 +85,12 @@ def test_the_list_is_the_one_made_here(tmp_path: Path, glob: str, exclude: Seque
     chosen = selection(f"{tmp_path}/{glob}", exclude)
     if glob.startswith("nothing"):
         with pytest.raises(FileNotFoundError) as found:
-            Lister(chosen).list()
+            listed(Lister(chosen))
         assert found.value.errno == errno.ENOENT and found.value.filename == f"{tmp_path}/nothing"
         return
-    told = rows(Lister(chosen).list())
+    told = listed(Lister(chosen))
     unnamed, chosen.unnamed = chosen.unnamed, set()
-    assert told == rows(listed_locally(chosen)) and told
+    assert told == listed_here(chosen) and told
     assert unnamed == chosen.unnamed and len(unnamed) == (glob in ("**", "**/*.txt", "*.txt"))
 
 
@@ -92,21 +99,33 @@ def test_the_list_is_the_one_made_here(tmp_path: Path, glob: str, exclude: Seque
         st.tuples(
             st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1),
             *[st.integers(-(2**63), 2**63 - 1)] * 2,
-        )
-    )
+        ),
+        min_size=1,
+    ),
+    st.data(),
 )
-def test_columns_arrive_as_they_were_sent(told: list[Row]) -> None:
-    listing = Listing(*map(list, zip(*told, strict=True))) if told else Listing()
-    pipe = io.BytesIO()
-    for at in range(len(told)):
-        walk.send(listing.of([at]), pipe)
-    pipe.write(json.dumps({"unnamed": ["\udcff"]}).encode() + b"\n")
-    sent = pipe.getvalue()
-    arrived, unnamed = walk.received(io.BytesIO(sent))
-    assert rows(arrived) == sorted(told) and unnamed == ["\udcff"]
-    for cut in {0, 1, len(sent) // 2, len(sent) - 2}:
-        with pytest.raises((EOFError, ValueError, LookupError)):
-            walk.received(io.BytesIO(sent[:cut]))
+def test_a_part_arrives_as_it_was_sent(told: list[Row], data: st.DataObject) -> None:
+    listing = Listing(*map(list, zip(*told, strict=True)))
+    sent = io.BytesIO()
+    walk.send({}, sent, listing)
+    frame = sent.getvalue()[walk.SIZE_BYTES :]
+    assert int(sent.getvalue()[: walk.SIZE_BYTES], 16) == len(frame)
+    _, part = walk.received(frame)
+    assert part is not None and list(part.rows()) == told
+    with pytest.raises((ValueError, LookupError, TypeError)):
+        walk.received(frame[: data.draw(st.integers(0, len(frame) - 1))])
+
+
+def test_the_end_of_a_list_and_its_error() -> None:
+    for told in ({"unnamed": ["\udcff"]}, {"errno": 5, "strerror": "bad", "path": "x"}):
+        sent = io.BytesIO()
+        walk.send(told, sent)
+        frame = sent.getvalue()[walk.SIZE_BYTES :]
+        if "errno" in told:
+            with pytest.raises(OSError, match="bad"):
+                walk.received(frame)
+        else:
+            assert walk.received(frame) == (told, None)
 
 
 def other_program(monkeypatch: pytest.MonkeyPatch, path: Path, source: str) -> None:
@@ -122,7 +141,10 @@ def other_program(monkeypatch: pytest.MonkeyPatch, path: Path, source: str) -> N
         "print('no list')",
         "print('[]')",
         "import os; os.kill(os.getpid(), 9)",
-        'print(\'{"files": 9, "path_bytes": 9}\')',
+        "print('0000000000000003[]', end='')",
+        "print('00000000000000ff[]', end='')",
+        "print('ffffffffffffffff[]', end='')",
+        """print('0000000000000022{"files": 1, "path_bytes": 1}\\nx' + '0' * 15, end='')""",
     ],
 )
 def test_a_process_that_comes_to_nothing_costs_nothing(
@@ -131,14 +153,14 @@ def test_a_process_that_comes_to_nothing_costs_nothing(
     tree(tmp_path / "data")
     other_program(monkeypatch, tmp_path / "other.py", program)
     chosen = selection(f"{tmp_path}/data/**", ())
-    assert rows(Lister(chosen).list()) == rows(listed_locally(chosen))
+    assert listed(Lister(chosen)) == listed_here(chosen)
 
 
 def test_no_process_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
     chosen = selection(f"{tmp_path}/**", ())
-    assert rows(Lister(chosen).list()) == rows(listed_locally(chosen))
+    assert listed(Lister(chosen)) == listed_here(chosen)
 
 
 def test_times_that_no_column_holds(tmp_path: Path) -> None:
@@ -174,8 +196,6 @@ def test_a_process_that_was_begun_is_ended(tmp_path: Path, monkeypatch: pytest.M
     stream.close()
     assert done.acquire(timeout=60) and done.acquire(timeout=60), "both are told"
     assert begun[0].returncode is not None
-    with pytest.raises(StreamUnavailable, match=os.strerror(errno.ECANCELED)):
-        stream.discover()
 
 
 @pytest.mark.usefixtures("here_never")

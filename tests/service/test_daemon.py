@@ -69,6 +69,7 @@ def test_data_added_while_it_runs_is_read_once_in_order_of_arrival(tmp_path: Pat
         before = status(tmp_path)["step"]
         # A name that sorts before the others: order is that of arrival all the same.
         tiny.write_text(tmp_path / "data", 10, prefix="a", seed=1)
+        until(process, lambda: status(tmp_path)["sources"]["main"]["entries"] == 22)
         until(process, lambda: status(tmp_path)["state"] == "waiting for data" and status(tmp_path)["step"] > before)
         with (tmp_path / "data" / "a0003.txt").open("a") as grown:
             grown.write("and more, " * 60)

@@ -18,6 +18,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, Protocol
 
 from fsspec.utils import glob_translate
@@ -123,11 +124,10 @@ class FileStream(ABC):
     def discover(self) -> list[Any]:
         """Rows [path, start, stop, version] of new and grown files, by path. Raises StreamUnavailable; Refused on a
         shrunk or rewritten file."""
-        listing = self._listing_of_start() or self._store.list()
+        listing = self._listing_of_start() or self._store.list(self._changed)
         new: list[Any] = []
         before, self._unsettled = self._unsettled, {}
-        for row in sorted(self._spans.changed(listing), key=listing.paths.__getitem__):
-            path, size, version = listing.paths[row], listing.sizes[row], listing.versions[row]
+        for path, size, version in sorted(listing.rows(), key=itemgetter(0)):
             start = 0
             if (last := self._spans.last(path)) is not None:
                 start = self._spans[last].stop
@@ -162,10 +162,15 @@ class FileStream(ABC):
     def verify(self, finished: Mapping[int, str]) -> None:
         """Compare spans whose file has another version than journalled, by content; a file that is gone is fine."""
         self._finished.give(finished)
-        listing = self._store.list()
-        changed = self._spans.changed(listing)
-        for row in sorted({*changed, *self._spans.grown(listing)}):
-            path, size, version = listing.paths[row], listing.sizes[row], listing.versions[row]
+        grown = Listing()  # and the same as before
+
+        def changed(part: Listing) -> Listing:
+            rows = set(self._spans.changed(part))
+            grown.extend(part.of(row for row in self._spans.grown(part) if row not in rows))
+            return part.of(sorted(rows))
+
+        listing = self._store.list(changed)
+        for path, size, version in (*listing.rows(), *grown.rows()):
             last = self._spans.last(path)
             for index in sorted(self._spans.of_file(last)) if last is not None else ():
                 span = self._spans[index]
@@ -173,7 +178,7 @@ class FileStream(ABC):
                     self._require(index, size)
             if last is not None and last in finished:
                 self._spans.note_checked(last, size, version)
-        self._start_listing = (listing.of(changed), self._clock())
+        self._start_listing = (listing, self._clock())
 
     def lag(self, place: Json | None) -> int:
         """Bytes adopted and not yet read, after `place`."""
@@ -248,6 +253,9 @@ class FileStream(ABC):
 
     def _has_start_listing(self) -> bool:
         return self._start_listing is not None and self._clock() - self._start_listing[1] < _LISTING_KEEPS_S
+
+    def _changed(self, part: Listing) -> Listing:
+        return part.of(self._spans.changed(part))
 
     def _listing_of_start(self) -> Listing | None:
         kept, fits, self._start_listing = self._start_listing, self._has_start_listing(), None

@@ -91,8 +91,11 @@ class FileStore:
     def begin_list(self, count: int, done: Callable[[], None]) -> None:
         """Begin the next `list` in a thread, if that takes long; about `count` files were there once. `done` is called,
         from any thread, when `list` need not wait."""
-        self._lister.count = max(self._lister.count, count)
-        if not (self._lister.count >= lister.MANY if self.is_local else self._fs.async_impl):
+        if self.is_local:
+            self._lister.count = max(self._lister.count, count)
+            self._lister.begin(done)
+            return
+        if not self._fs.async_impl:  # others are not made for two threads
             done()
             return
         if self._begun is None:
@@ -103,34 +106,36 @@ class FileStore:
     def forget_list(self) -> None:
         """The next `list` is to be as new as can be, whatever has been begun."""
         self._begun = None
+        self._lister.forget()
 
-    def list(self) -> Listing:
-        """Every file of the glob that is neither left out nor empty, now or at `begin_list`. Raises
-        StreamUnavailable."""
+    def list(self, select: Callable[[Listing], Listing] = lambda part: part) -> Listing:
+        """Every file of the glob that is neither left out nor empty, now or at `begin_list`; what is wanted of them,
+        part by part. Raises StreamUnavailable, and what `select` raises."""
         begun, self._begun = self._begun, None
-        return begun.result() if begun is not None else self._list()
-
-    def _answer(self, begun: Future[Listing]) -> None:
-        try:
-            begun.set_result(self._list())
-        except BaseException as error:  # noqa: BLE001 - raised where it is asked for
-            begun.set_exception(error)
-
-    def _list(self) -> Listing:
-        with self._listing, self._answering(self._url):
-            if self.is_local:
-                found = self._lister.list()
-            else:
-                web = self._pattern.startswith(_WEB)
-                found = listed_by_store(self._fs, self._pattern, self._selection, self._query, by_name=web)
+        if self.is_local:
+            with self._answering(self._url):
+                found = self._lister.list(select)
+        else:
+            found = select(begun.result() if begun is not None else self._listed())
         for path in sorted(self._selection.unnamed - self._warned):
             self._warned.add(path)
             log.warning("source %r: %r is left out: its name is not UTF-8 and cannot be journalled", self._name, path)
         return found
 
+    def _answer(self, begun: Future[Listing]) -> None:
+        try:
+            begun.set_result(self._listed())
+        except BaseException as error:  # noqa: BLE001 - raised where it is asked for
+            begun.set_exception(error)
+
+    def _listed(self) -> Listing:
+        with self._listing, self._answering(self._url):
+            web = self._pattern.startswith(_WEB)
+            return listed_by_store(self._fs, self._pattern, self._selection, self._query, by_name=web)
+
     def close(self) -> None:
-        """End what `begin_list` began; nothing is listed any more."""
-        self._lister.close()
+        """End what `begin_list` began."""
+        self.forget_list()
 
     def full(self, path: str) -> str:
         """The path as the filesystem takes it, query included."""

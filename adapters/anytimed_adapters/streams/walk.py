@@ -58,6 +58,9 @@ class Listing:
         self.sizes += more.sizes
         self.versions += more.versions
 
+    def rows(self) -> Iterator[tuple[str, int, Version]]:
+        return zip(self.paths, self.sizes, self.versions, strict=True)
+
     def of(self, rows: Iterable[int]) -> Listing:
         """These rows alone."""
         paths, sizes, versions = self.paths, self.sizes, self.versions
@@ -121,14 +124,6 @@ class Selection:
 def left_out(name: str) -> bool:
     """Whether a file or folder of this name is hidden or unfinished."""
     return name.startswith(".") or name.endswith(_UNFINISHED)
-
-
-def listed_locally(selection: Selection) -> Listing:
-    """All files; `walked` says of which."""
-    whole = Listing()
-    for part in walked(selection):
-        whole.extend(part)
-    return whole
 
 
 def walked(selection: Selection) -> Iterator[Listing]:
@@ -230,27 +225,36 @@ def _add_each(
 # --- to another process -----------------------------------------------------------------------------------------------
 
 
-def send(part: Listing, out: IO[bytes]) -> None:
-    """A line of JSON, then the columns; of a list that goes on. Raises OverflowError on times beyond the year 2262."""
-    paths = "\0".join(part.paths).encode()
-    columns = [array("q", column).tobytes() for column in (part.sizes, part.versions)]
-    out.writelines([json.dumps({"files": len(part.paths), "path_bytes": len(paths)}).encode() + b"\n", paths, *columns])
+SIZE_BYTES = 16
+"""Before every frame: its size in hexadecimal digits."""
 
 
-def received(source: IO[bytes]) -> tuple[Listing, list[str]]:
-    """All parts until the end, and the paths that cannot be journalled. Raises OSError where the walk did; EOFError,
-    ValueError, LookupError or TypeError where it did not come to an end."""
-    whole = Listing([], array("q"), array("q"))
-    while "unnamed" not in (told := json.loads(source.readline())):
-        if "errno" in told:
-            raise OSError(told["errno"], told["strerror"], told["path"])
-        count: int = told["files"]
-        paths = source.read(told["path_bytes"]).decode().split("\0")
-        sizes, versions = (array("q", source.read(8 * count)) for _ in range(2))
-        if not len(paths) == len(sizes) == len(versions) == count:
-            raise EOFError("the list is cut off")
-        whole.extend(Listing(paths, sizes, versions))
-    return whole, told["unnamed"]
+def send(told: dict[str, Any], out: IO[bytes], part: Listing | None = None) -> None:
+    """A frame: a line of JSON, then the columns, of a part. Raises OverflowError on times beyond the year 2262."""
+    paths, columns = b"", [b"", b""]
+    if part is not None:
+        paths = "\0".join(part.paths).encode()
+        columns = [array("q", column).tobytes() for column in (part.sizes, part.versions)]
+        told = {**told, "files": len(part.paths), "path_bytes": len(paths)}
+    frame = b"".join([json.dumps(told).encode() + b"\n", paths, *columns])
+    out.write(b"%016x" % len(frame) + frame)
+
+
+def received(frame: bytes) -> tuple[dict[str, Any], Listing | None]:
+    """What was told, and the part, None in the frame that ends the list. Raises OSError where the walk did, and
+    ValueError, LookupError or TypeError on what `send` did not make."""
+    line, _, rest = frame.partition(b"\n")
+    told = json.loads(line)
+    if "errno" in told:
+        raise OSError(told["errno"], told["strerror"], told["path"])
+    if "unnamed" in told:
+        return told, None
+    count, first = told["files"], told["path_bytes"]
+    paths = rest[:first].decode().split("\0")
+    sizes, versions = (array("q", rest[first + 8 * count * i : first + 8 * count * (i + 1)]) for i in range(2))
+    if not len(paths) == len(sizes) == len(versions) == count:
+        raise ValueError("a part is not as long as it says")
+    return told, Listing(paths, sizes, versions)
 
 
 def main() -> None:
@@ -262,11 +266,11 @@ def main() -> None:
     out = sys.stdout.buffer
     try:
         for part in walked(selection):
-            send(part, out)
-        end: dict[str, Any] = {"unnamed": sorted(selection.unnamed)}
+            send({}, out, part)
+            out.flush()
+        send({"unnamed": sorted(selection.unnamed)}, out)
     except OSError as error:
-        end = {"errno": error.errno, "strerror": error.strerror, "path": error.filename}
-    out.write(json.dumps(end).encode() + b"\n")
+        send({"errno": error.errno, "strerror": error.strerror, "path": error.filename}, out)
     out.flush()
 
 
