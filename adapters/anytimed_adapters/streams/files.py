@@ -116,9 +116,11 @@ class FileStream(ABC):
             self._store.begin_list(place["entry"] if place else 0, done)
 
     def forget(self) -> None:
+        """The next list is as new as can be, but for the one that a start made."""
         self._store.forget_list()
 
     def close(self) -> None:
+        """End a list that was begun."""
         self._store.close()
 
     def discover(self) -> list[Any]:

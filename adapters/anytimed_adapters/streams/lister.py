@@ -24,11 +24,11 @@ from anytimed_adapters.streams import walk as walk_module
 from anytimed_adapters.streams.walk import Listing, Selection, walked
 
 _LOOKS_S = 0.01
+"""Between two looks at what the process has written, in seconds: it walks some thousand files meanwhile."""
 MANY = 50_000
 """Files from which on a process of its own is worth its start: a tenth of a second here."""
 
 log = logging.getLogger(__name__)
-
 
 Select = Callable[[Listing], Listing]
 """What is wanted of a part of the files."""

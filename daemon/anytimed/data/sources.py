@@ -198,19 +198,20 @@ class Sources:
     def prepare(self, done: Callable[[], None]) -> None:
         """Begin what `discover` will need; `done` is called, from any thread, when it need not wait."""
         cursors = [cursor for _, cursor in self.active()]
-        left = iter(range(len(cursors) - 1, -1, -1))
-        one_at_a_time = threading.Lock()
+        waiting = len(cursors) + 1  # and for this function itself
+        counting = threading.Lock()
 
         def prepared() -> None:
-            with one_at_a_time:
-                last = next(left) == 0
+            nonlocal waiting
+            with counting:
+                waiting -= 1
+                last = waiting == 0
             if last:
                 done()
 
         for cursor in cursors:
             cursor.prepare(prepared)
-        if not cursors:
-            done()
+        prepared()
 
     def forget(self) -> None:
         """What was prepared is not to be used."""
