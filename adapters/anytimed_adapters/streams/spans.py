@@ -158,12 +158,9 @@ class _Versions:
 
     def differs(self, at: NDArray[np.int64], versions: Sequence[Version]) -> NDArray[np.bool_]:
         """Where the versions at these indices are others than those given; shape as `at`."""
-        given = np.asarray(versions)
-        if isinstance(self._column, array):
-            mine: NDArray[np.int64] = np.frombuffer(self._column, np.int64)[at]
-            if given.dtype == np.int64:
-                changed: NDArray[np.bool_] = mine != given
-                return changed
+        if isinstance(self._column, array) and (given := np.asarray(versions)).dtype == np.int64:
+            changed: NDArray[np.bool_] = np.frombuffer(self._column, np.int64)[at] != given
+            return changed
         # Texts, or times beyond the year 2262: one by one.
         known = map(self._column.__getitem__, at.tolist())
         return np.fromiter(map(ne, known, versions), np.bool_, len(at))

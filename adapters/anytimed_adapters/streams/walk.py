@@ -30,6 +30,7 @@ Version = int | str
 
 _KIND = S_IFMT(-1 & 0xFFFF)
 _PART = 10_000
+"""Files in a part, or more: those of a folder stay together."""
 _ENTRIES = 128
 """Of a folder at a time: what is known of them then stays in the processor's cache."""
 _is_folder, _stat_of = os.DirEntry.is_dir, os.DirEntry.stat
