@@ -142,12 +142,12 @@ class DataTable(Table):
     mask_documents: bool = Field(
         default=False, description="a token attends to its own document only, where several share a sequence"
     )
-    prefetch_batches: Positive = Field(default=8, description="batches read ahead")
+    prefetch_batches: Positive = Field(default=16, description="batches read ahead")
     tokenizer_workers: int = Field(
         default=0,
         ge=0,
         le=64,
-        description="processes that encode; 0: the reading thread does, which is best on a CPU; beside a GPU 1 or 2",
+        description="processes that encode; 0: threads beside the reading, which is best on a CPU; beside a GPU 1 or 2",
     )
     discover: Schedule = Field(default=Schedule(every_s=10.0), description="when to look for new data")
     holdout: HoldoutTable = HoldoutTable()

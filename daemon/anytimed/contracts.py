@@ -14,7 +14,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -219,8 +219,11 @@ class Position:
 
     def within(self, index: int, batches: int) -> Position:
         """Further on in the same block."""
-        here = replace(self, index=index, batches=batches)
-        object.__setattr__(here, "_of_block", self._of_block)
+        here = object.__new__(Position)  # `replace` takes four times as long, for every batch
+        for name in Position.__slots__:
+            object.__setattr__(here, name, getattr(self, name))
+        object.__setattr__(here, "index", index)
+        object.__setattr__(here, "batches", batches)
         return here
 
     def to_json(self) -> Json:

@@ -101,7 +101,17 @@ def test_a_token_beyond_the_vocabulary_is_refused_whole(vocab_size: int) -> None
     packer.add(np.array([0, vocab_size - 1], np.int32), 0)
     with pytest.raises(AnytimedError, match=f"gave token {vocab_size}; .*vocab_size = {vocab_size}"):
         packer.add(np.array([1, vocab_size], np.int32), 0)
+    with pytest.raises(AnytimedError, match=f"gave token {vocab_size}"):
+        packer.add(np.array([1], np.int32), 0, vocab_size)
     assert packer.remainder()[0].tolist() == [0, vocab_size - 1]
+
+
+def test_an_end_token_comes_behind_its_document() -> None:
+    packer = Packer(2, 3)
+    for label, tokens in enumerate(([1, 2, 3], [], [4])):
+        packer.add(np.array(tokens, np.int32), label, 9)
+    assert packer.remainder()[0].tolist() == [1, 2, 3, 9, 9, 4, 9]
+    assert packer.remainder()[1] == [(0, 4), (1, 1), (2, 2)]
 
 
 def test_a_remainder_is_a_copy() -> None:

@@ -45,19 +45,21 @@ class Blocks:
         self._size = batch_size
         self._batches = batches
         self._ready: deque[Block] = deque()
+        self._left = 0
 
     def add(self, block: Block) -> None:
         self._ready.append(block)
+        self._left += block.left
 
     @property
     def left(self) -> int:
         """Sequences that wait."""
-        return sum(block.left for block in self._ready)
+        return self._left
 
     @property
     def full(self) -> bool:
         """There is a batch to take."""
-        return self.left >= self._size
+        return self._left >= self._size
 
     def completes(self, sequences: int) -> bool:
         """Whether so many more would make a batch."""
@@ -68,6 +70,7 @@ class Blocks:
         rows: list[NDArray[np.int32]] = []
         labels: list[Labels] = []
         missing = self._size
+        self._left -= missing
         while missing:
             block = self._ready[0]
             count = min(missing, block.left)

@@ -33,12 +33,12 @@ from anytimed.contracts import (
     StreamUnavailable,
     Tokens,
 )
-from anytimed.data.encoding import Closed
+from anytimed.data.encoding import Closed, size
 from anytimed.data.tokenizing import Pending, Tokenizing
 
 GROUP_RECORDS = 128
 GROUP_CHARACTERS = 256 << 10
-"""A group ends with the record that brings it to one of these."""
+"""A group ends with the record that brings it to one of these; most are one piece for the tokenizer then."""
 
 
 class Interrupted(Exception):
@@ -59,8 +59,8 @@ class Taken:
 
 @dataclass(slots=True)
 class _Group:
-    """Records that were read together; `pending` gives the tokens of those that are texts. characters: of these, or
-    tokens of records that hold them."""
+    """Records that were read together; `pending` gives the tokens of those that are texts. characters: `size` of
+    these, or tokens of records that hold them."""
 
     taken: deque[Taken] = field(default_factory=deque)
     texts: list[str] = field(default_factory=list)
@@ -262,7 +262,7 @@ class Cursor:
                 riding, self._riding = self._riding, {}
                 group.taken.append(self._taken(item, place, riding, group.texts))
                 if isinstance(item, Record):
-                    characters += len(item.text) if item.tokens is None else item.tokens.size
+                    characters += size(item.text) if item.tokens is None else item.tokens.size
                 if len(group.taken) >= GROUP_RECORDS or characters >= GROUP_CHARACTERS:
                     break
             else:

@@ -18,7 +18,7 @@ from anytimed import registry
 from anytimed.config import AdapterTable
 from anytimed.contracts import AnytimedError, Json, Tokenizer, Tokens
 
-PIECE_CHARACTERS = 256 << 10
+PIECE_CHARACTERS = 320 << 10
 """Encoded at once, a longer text apart: `tokenizers` takes some 130 bytes a character while it encodes."""
 OVERHEAD_CHARACTERS = 64
 """What a text costs beyond its characters, in characters; an empty one is not free."""
@@ -43,7 +43,8 @@ class WorkerDied(AnytimedError):
 
 @runtime_checkable
 class BatchTokenizer(Protocol):
-    """A tokenizer that encodes many texts faster than one after the other, or without holding the GIL."""
+    """A tokenizer that encodes many texts faster than one after the other, or without holding the GIL. Two threads may
+    call it at once."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """As `encode` of each, in their order."""

@@ -89,24 +89,29 @@ class Packer:
         """Full windows that wait to be taken."""
         return max(0, (self._size - 1) // self._length)
 
-    def add(self, tokens: NDArray[np.integer[Any]], label: int) -> None:
-        """Append tokens, shape (n,), of one source, as a copy. Raises AnytimedError on one beyond the vocabulary."""
-        if tokens.dtype.kind == "i" and tokens.size and int(tokens.max()) >= self._vocab_size:
+    def add(self, tokens: NDArray[np.integer[Any]], label: int, end: int | None = None) -> None:
+        """Append tokens, shape (n,), of one source, as a copy; and the token `end`. Raises AnytimedError on one beyond
+        the vocabulary."""
+        count = tokens.size
+        found = int(np.maximum.reduce(tokens)) if count and tokens.dtype.kind == "i" else 0
+        if (found := max(found, end or 0)) >= self._vocab_size:
             raise AnytimedError(
-                f"the tokenizer gave token {int(tokens.max())}; expected one below its vocab_size = "
+                f"the tokenizer gave token {found}; expected one below its vocab_size = "
                 f"{self._vocab_size}: the adapter has to be corrected"
             )
-        end = self._size + tokens.size
-        if end > self._buffer.size:
-            grown = np.empty(max(end, 2 * self._buffer.size), self._dtype)
-            grown[: self._size] = self._buffer[: self._size]
+        start, stop = self._size, self._size + count
+        self._size = stop if end is None else stop + 1
+        if self._size > self._buffer.size:
+            grown = np.empty(max(self._size, 2 * self._buffer.size), self._dtype)
+            grown[:start] = self._buffer[:start]
             self._buffer = grown
-        np.copyto(self._buffer[self._size : end], tokens, casting="unsafe")  # below the vocabulary, they fit
-        self._size = end
+        np.copyto(self._buffer[start:stop], tokens, casting="unsafe")  # below the vocabulary, they fit
+        if end is not None:
+            self._buffer[stop] = end
         if self._runs and self._runs[-1][0] == label:
-            self._runs[-1] = (label, self._runs[-1][1] + tokens.size)
-        elif tokens.size:
-            self._runs.append((label, tokens.size))
+            self._runs[-1] = (label, self._runs[-1][1] + self._size - start)
+        elif self._size > start:
+            self._runs.append((label, self._size - start))
 
     def take(self) -> Windows:
         """All full windows; they leave the packer, with its buffer."""

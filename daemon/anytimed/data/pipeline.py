@@ -93,7 +93,7 @@ class Pipeline:
     ) -> None:
         self._wanted = Mixture(rules, seed)
         self._open_stream = open_stream
-        self._end = np.array([tokenizer.end_token], np.int32)
+        self._end = tokenizer.end_token
         self._vocab_size = tokenizer.vocab_size
         self._tokenizing = tokenizing
         self._journal = journal
@@ -287,13 +287,10 @@ class Pipeline:
             tokens, whole = taken.tokens, taken.whole
             assert tokens is not None, "a record that was read has tokens"
             if self._keeper.chooses(item.digest):
-                self._keeper.keep(name, item.digest, tokens if whole else np.concatenate([tokens, self._end]))
+                self._keeper.keep(name, item.digest, tokens if whole else np.append(tokens, self._end))
                 tally.held_out += 1
             else:
-                label = self._label(name)
-                self._packer.add(tokens, label)
-                if not whole:
-                    self._packer.add(self._end, label)
+                self._packer.add(tokens, self._label(name), None if whole else self._end)
                 tally.records += 1
                 tally.tokens += tokens.size + (not whole)
         if taken.finished:

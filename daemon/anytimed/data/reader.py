@@ -169,7 +169,8 @@ class Reader:
                     at_once, self._prepared = self._prepared, False
                 if at_once:
                     self._poll_now(prepared=True)
-            self._tell()
+            if oldest is not None or prepared or poll:
+                self._tell()
             with self._changed:
                 if self._may_read():
                     # A poll that takes longer than the time between two of them must not be all that is done.
@@ -196,9 +197,8 @@ class Reader:
         return self._dry is None and len(self._batches) <= self._depth // 2
 
     def _offer(self, made: list[Batch], dry: Dry | None) -> None:
-        told = self._pipeline.status()
+        self._tell()
         with self._changed:
-            self._told = told
             self._batches += made
             if dry is not None and not self._poll:  # a poll that was asked for meanwhile comes first
                 self._dry = dry

@@ -1,7 +1,7 @@
-"""Texts to tokens, batch by batch, in the order of the texts: in the calling thread, in one beside it, or in workers.
+"""Texts to tokens, batch by batch, in the order of the texts: in the calling thread, in two beside it, or in workers.
 
 `tokenizing` chooses. Without workers a batch is encoded when its result is asked for; where the tokenizer encodes
-without holding the interpreter, a thread begins at once, while the caller reads on. With workers it goes to them
+batches without holding the interpreter, threads begin at once, while the caller reads on. With workers it goes to them
 (`worker_pool`), and the result only waits for what is not done yet. All give the same tokens and raise the same errors,
 so that nothing but speed depends on the choice.
 """
@@ -16,6 +16,8 @@ from typing import Protocol
 from anytimed.contracts import Tokenizer, Tokens
 from anytimed.data.encoding import PIECE_CHARACTERS, BatchTokenizer, Closed, Rebuild, encode_all, pieces
 from anytimed.data.worker_pool import WorkerPool
+
+_THREADS = 2
 
 
 class Pending(Protocol):
@@ -44,7 +46,7 @@ class Tokenizing(Protocol):
 
 
 def tokenizing(tokenizer: Tokenizer, workers: int, rebuild: Rebuild) -> Tokenizing:
-    """workers: the processes that encode; 0: this one does (and, with its `encode_batch`, the tokenizer's own threads).
+    """workers: the processes that encode; 0: this one does, beside the reading where the tokenizer has `encode_batch`.
     rebuild: how a worker makes `tokenizer` again."""
     if workers:
         return WorkerPool(tokenizer, workers, rebuild)
@@ -92,7 +94,8 @@ class _Later:
 
 
 class _Beside:
-    """The form without workers, by a thread: for tokenizers that let others have the interpreter meanwhile."""
+    """The form without workers, by threads: for tokenizers that let others have the interpreter meanwhile. Two, so that
+    one encodes while the other hands out what it has encoded, which takes the interpreter."""
 
     ahead = 2 * PIECE_CHARACTERS
 
@@ -100,19 +103,20 @@ class _Beside:
         self.changed = threading.Condition()
         self.here = _Here(tokenizer)
         self._batches: SimpleQueue[_Begun | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def submit(self, texts: Sequence[str]) -> Pending:
         begun = _Begun(self, self.here.submit(texts))
-        if self._thread is None:  # a daemon: who leaves does not wait for a long text
-            self._thread = threading.Thread(target=self._run, name="anytimed-tokenize", daemon=True)
-            self._thread.start()
+        while len(self._threads) < _THREADS:  # daemons: who leaves does not wait for a long text
+            self._threads.append(threading.Thread(target=self._run, name="anytimed-tokenize", daemon=True))
+            self._threads[-1].start()
         self._batches.put(begun)
         return begun
 
     def close(self) -> None:
         self.here.close()
-        self._batches.put(None)
+        for _ in self._threads:
+            self._batches.put(None)
         with self.changed:
             self.changed.notify_all()
 
@@ -122,7 +126,7 @@ class _Beside:
 
 
 class _Begun:
-    """A batch that the thread encodes, or has encoded."""
+    """A batch that a thread encodes, or has encoded."""
 
     def __init__(self, beside: _Beside, batch: Pending) -> None:
         self._beside, self._batch = beside, batch
