@@ -8,7 +8,8 @@ lie new shards, the same for every length.
    batch of new data; before and after it, the same process lists the same files barely: `os.scandir`, and `stat` of
    each. Repeated, in turns between the lengths; medians. What counts is the start less the mean of the two listings.
 2. Batches and steps: a process for every length, all alive, in turns: batches out of the reader's queue, then steps of
-   a tiny model on such batches. Medians of the ratios within a round, to the shortest history.
+   a tiny model on such batches. Medians of the ratios within a round, to the shortest history. The bar is on the step;
+   the batch alone, some 25 µs, is told beside it: between two processes that do the same it differs by 5 to 10 %.
 3. Beside a poll: steps while all files are listed again. They share an interpreter with it, so this is not free; it
    happens once every `[data] discover` (10 s, if nothing else is said).
 
@@ -215,9 +216,9 @@ def roomy(count: int) -> str | None:
 
 
 def judge(longest: Json) -> None:
-    worst = max(longest["batch"]["ratio"], longest["step"]["ratio"])
+    worst = longest["step"]["ratio"]
     if worst > STEP_BAR:
-        sys.exit(f"a batch or step takes {worst} times as long after {longest['shards']} shards; allowed {STEP_BAR}")
+        sys.exit(f"a step takes {worst} times as long after {longest['shards']} shards; allowed {STEP_BAR}")
     over = longest["start"]["wall"]["over_listing_s"]
     if over > START_BAR_S:
         sys.exit(f"a start takes {over} s longer than listing {longest['shards']} files; allowed {START_BAR_S}")

@@ -65,6 +65,9 @@ class TestKafkaTopic(BrokerContract):
 
 
 class TestKafkaTopicInShortSpans(TestKafkaTopic):
+    """The same adapter again, where spans end all the time."""
+
+    cases = 50
     span_offsets = 2
 
 

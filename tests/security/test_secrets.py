@@ -13,7 +13,9 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -143,23 +145,32 @@ def test_a_run_that_goes_well(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_reached(tmp_path: Path, closed: int) -> None:
     data(tmp_path)
-    options = {**OPTIONS, "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{closed}"}}
-    for number, (url, given) in enumerate(
-        [
-            (f"http://ada:{PASSWORD}@127.0.0.1:{closed}/prefix?token={TOKEN}", {}),
-            ("s3://bucket/prefix", {"secret": OPTIONS["password"], "key": "ada-planted", **options}),
-        ]
-    ):
-        folder = tmp_path / str(number)
+    address = f"127.0.0.1:{closed}"
+    bucket = {
+        "secret": OPTIONS["password"],
+        "key": "ada-planted",
+        "client_kwargs": {"endpoint_url": f"http://{address}"},
+    }
+
+    def check(folder: Path, url: str, options: dict[str, Any]) -> None:
         tiny.write_text(folder / "data", 20)
-        given = {key: value for key, value in given.items() if key in ("secret", "key", "client_kwargs")}
-        exports = {"url": url, "storage_options": given, "drain_s": 0.0}
-        path = tiny.config(folder, exports=exports)
+        path = tiny.config(folder, exports={"url": url, "storage_options": options, "drain_s": 0.0})
         assert "not everything is published" in say("run", path, "--steps", "10")
         assert "Traceback" not in say("check", path, expect=2)
         assert "published" not in say("status", path)
-        say("pull", f"http://ada:{PASSWORD}@127.0.0.1:{closed}/x?sig={SIGNATURE}", "--to", folder / "m", expect=1)
         assert_unwritten(folder)
+
+    with ThreadPoolExecutor() as pool:  # most of it is waiting
+        asked = [
+            pool.submit(check, tmp_path / "0", f"http://ada:{PASSWORD}@{address}/prefix?token={TOKEN}", {}),
+            pool.submit(check, tmp_path / "1", "s3://bucket/prefix", bucket),
+            pool.submit(
+                say, "pull", f"http://ada:{PASSWORD}@{address}/x?sig={SIGNATURE}", "--to", tmp_path / "m", expect=1
+            ),
+        ]
+    for one in asked:
+        one.result()
+    assert_unwritten(tmp_path)
 
 
 def test_a_mirror_that_cannot_be_reached(tmp_path: Path, closed: int) -> None:

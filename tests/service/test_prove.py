@@ -212,6 +212,7 @@ def test_a_stream_that_runs_dry_is_proved_as_far_as_it_goes(tmp_path: Path) -> N
 
 
 def test_no_data_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()  # a folder that is not there may be one that is not mounted yet: a minute is waited
     said = tiny.run("prove", tiny.config(tmp_path), "--steps", "5", "--kills", "1", expect=2)
     assert "not one step can be taken: main: nothing was found yet" in said
 
