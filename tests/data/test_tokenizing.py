@@ -224,6 +224,52 @@ def test_other_numbers_are_another_tokenizer(troubled: Any) -> None:
     pool.close()
 
 
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """Two batches meet while they are encoded, or are seen to be alone."""
+
+    vocab_size, end_token = 256, 0
+
+    def __init__(self) -> None:
+        self.two = threading.Barrier(2, timeout=60)
+        self.at_work: list[int] = [0]
+        self._counting = threading.Lock()
+
+    def encode(self, text: str) -> Any:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Any) -> Any:
+        if texts[0] == "meet":
+            self.two.wait()
+        else:
+            with self._counting:
+                self.at_work.append(self.at_work[-1] + 1)
+            time.sleep(0.02)
+            with self._counting:
+                self.at_work.append(self.at_work[-1] - 1)
+        return [np.array([len(text) % 256], np.int32) for text in texts]
+
+    def decode(self, tokens: Any) -> str:
+        return ""
+
+    def save(self, folder: Path) -> list[str]:
+        return []
+
+
+def test_two_batches_are_encoded_at_once_and_long_texts_take_turns() -> None:
+    tokenizer = Meeting()
+    form = tokenizing(tokenizer, 0, Rebuild(AdapterTable.model_validate({"type": TROUBLED}), "config.toml", Path()))
+    both = [form.submit(["meet", "meet"]) for _ in range(2)]
+    assert [[tokens.tolist() for tokens in one.result()] for one in both] == [[[4], [4]]] * 2
+    lengths = [3 * PIECE_CHARACTERS + i for i in range(4)]
+    pending = [form.submit(["x" * length]) for length in lengths]
+    assert [one.result()[0].tolist() for one in pending] == [[length % 256] for length in lengths]
+    assert max(tokenizer.at_work) == 1
+    form.close()
+
+
 # --- workers that die -------------------------------------------------------------------------------------------------
 
 
