@@ -202,16 +202,23 @@ def data(
 @app.command()
 def export(where: Run) -> None:
     """Ask the running daemon to publish x now, and wait until it is there."""
-    from anytimed.service.control import ask
-
-    folder = _run_directory(where)
-    try:
-        with err.status("exporting"):
-            answer = ask(folder / "control.sock", "POST", "/export")
-    except OSError:
-        raise AnytimedError(f"no daemon answers in {folder}; start it with `anytimed run CONFIG`") from None
+    answer = _asked(where, "/export", "exporting")
     _say(f"Published {answer['checkpoint']} (step {answer['step']})")
     _say(f"Pull:  {_myself()} pull {answer['url']} --to DIR")
+
+
+@app.command()
+def commit(where: Run) -> None:
+    """Ask the running daemon to write its resumable state now, and wait until it is durable."""
+    answer = _asked(where, "/commit", "committing")
+    _say(f"Committed step {answer['step']}: {answer['path']}")
+
+
+@app.command()
+def reload(where: Run) -> None:
+    """Ask the running daemon to take its configuration file anew: all of the change, or none of it and the reason."""
+    answer = _asked(where, "/reload", "reloading")
+    _say(f"Reloaded {answer['config']}: {', '.join(answer['changed']) or 'nothing in it has changed'}")
 
 
 @app.command()
@@ -443,6 +450,18 @@ def _verified(where: str, progress: Callable[[int, int], None]) -> Iterator[Any]
             "mirror"
         )
     yield from (verify_mirror if kind == "mirror" else verify_published)(store, progress)
+
+
+def _asked(where: Path, route: str, what: str) -> Json:
+    """What the running daemon answers to a request. Raises AnytimedError where none runs, and what it says."""
+    from anytimed.service.control import ask
+
+    folder = _run_directory(where)
+    try:
+        with err.status(what):
+            return ask(folder / "control.sock", "POST", route)
+    except OSError:
+        raise AnytimedError(f"no daemon answers in {folder}; start it with `anytimed run CONFIG`") from None
 
 
 def _daemon_status(folder: Path) -> Json | None:

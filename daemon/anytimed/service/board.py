@@ -43,6 +43,8 @@ class Board:
         self.mirrored: Json | None = None
         self.export: Json | None = session.published
         self.problems: dict[str, str] = dict(session.problems)
+        self.reload: Json | None = None
+        self._configured = self._began
         self.last = self._status()
 
     # --- what the loop notes
@@ -102,6 +104,13 @@ class Board:
             "found": found,
         }
 
+    def reloaded(self, changed: Sequence[str] = (), error: str | None = None) -> None:
+        """The configuration was taken anew, and what of it has changed; or not, and why."""
+        self.problem("reload", error)
+        self.reload = {"time": time.time(), "changed": list(changed), "error": None if error is None else told(error)}
+        if error is None:
+            self._configured = self.reload["time"]
+
     def problem(self, key: str, text: str | None) -> None:
         """Note that something is degraded, or (None) well again; logged when it changes."""
         if text is None:
@@ -149,6 +158,8 @@ class Board:
             "export": self.export,
             "upload": self._outbox.upload,
             "exports_url": without_credentials(config.exports.url),
+            "reload": self.reload,
+            "configured": self._configured,
             "store": self._keeper.status(),
             "sources": reading["sources"],
             "batches_ready": reading["ready"],

@@ -1,8 +1,8 @@
 """The control socket: HTTP over a Unix socket in the run directory.
 
 In order: binding and connecting by way of the folder's descriptor, because a socket's path may not exceed 107 bytes
-and a run directory may; connections that are few, and closed when they ask for nothing; the server, routes in a thread
-of its own that only read the last status, post a request, or take records in; the client that the CLI uses."""
+and a run directory may; connections that are few, and closed when they ask for nothing; the server, which runs the
+routes (`api`) in a thread of its own; the client that the CLI uses."""
 
 from __future__ import annotations
 
@@ -12,27 +12,18 @@ import http.client
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from anytimed.contracts import AnytimedError, Json
-from anytimed.service.inboxes import Inboxes
-from anytimed.service.records import Records
-from anytimed.service.requests import Export, Mailbox
+from anytimed.contracts import AnytimedError, ConfigError, Json
 from anytimed.storage.strangers import parse
-from anytimed.urls import told
 
-EXPORT_TIMEOUT_S = 600.0
+ANSWER_S = 605.0
+"""A little more than the daemon takes to say that something takes too long."""
 ANSWER_BYTES = 16 << 20
 MOST_CONNECTIONS = 64
 SLOWEST_S = 10.0
@@ -68,19 +59,11 @@ class _Connection(H11Protocol):
 
 
 class Control:
-    """Serves `GET /status`, `POST /export` and `POST /records` on a socket that only the owner and its group may
-    use."""
+    """Serves an application on a socket that only the owner and its group may use."""
 
-    def __init__(self, path: Path, mailbox: Mailbox, status: Callable[[], Json], inboxes: Inboxes) -> None:
-        self._path, self._mailbox, self._status = path, mailbox, status
+    def __init__(self, path: Path, app: Starlette) -> None:
+        self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        app = Starlette(
-            routes=[
-                Route("/status", self._get_status),
-                Route("/export", self._post_export, methods=["POST"]),
-                Route("/records", Records(inboxes).post, methods=["POST"]),
-            ]
-        )
         # Its log lines go through ours, which hides credentials; garbage that somebody sends is no line of a log.
         config = uvicorn.Config(
             app, http=_Connection, ws="none", log_config=None, log_level="error", access_log=False, lifespan="off"
@@ -104,21 +87,6 @@ class Control:
         self._socket.close()
         self._path.unlink(missing_ok=True)
 
-    async def _get_status(self, _: HttpRequest) -> JSONResponse:
-        return JSONResponse(self._status())
-
-    async def _post_export(self, _: HttpRequest) -> JSONResponse:
-        reply: Future[dict[str, Any]] = Future()
-        self._mailbox.post(Export(reply))
-        try:
-            return JSONResponse(await run_in_threadpool(reply.result, EXPORT_TIMEOUT_S))
-        except AnytimedError as error:
-            return JSONResponse({"error": told(str(error))}, status_code=503)
-        except TimeoutError:
-            return JSONResponse(
-                {"error": f"not published within {EXPORT_TIMEOUT_S:.0f} s; it goes on"}, status_code=504
-            )
-
 
 class UnixConnection(http.client.HTTPConnection):
     """A connection to the socket at `path`, which may be long."""
@@ -134,9 +102,9 @@ class UnixConnection(http.client.HTTPConnection):
             self.sock.connect(address)
 
 
-def ask(path: Path, method: str, route: str, timeout_s: float = EXPORT_TIMEOUT_S + 5) -> Json:
+def ask(path: Path, method: str, route: str, timeout_s: float = ANSWER_S) -> Json:
     """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says no
-    or answers with something else."""
+    or answers with something else, ConfigError where it says that the configuration is wrong."""
     connection = UnixConnection(path, timeout_s)
     try:
         connection.request(method, route)
@@ -149,5 +117,6 @@ def ask(path: Path, method: str, route: str, timeout_s: float = EXPORT_TIMEOUT_S
     if not isinstance(answer, dict):
         raise AnytimedError(f"{path}: answers {type(answer).__name__}, expected a JSON object")
     if response.status >= 400:
-        raise AnytimedError(str(answer.get("error", f"the daemon answered {response.status}")))
+        kind = ConfigError if response.status == 422 else AnytimedError
+        raise kind(str(answer.get("error", f"the daemon answered {response.status}")))
     return answer

@@ -18,6 +18,7 @@ from typing import Any
 from anytimed.contracts import AnytimedError, Batch, Json, Snapshot
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
+from anytimed.service.api import Api
 from anytimed.service.board import Board
 from anytimed.service.console import View
 from anytimed.service.control import Control
@@ -26,7 +27,7 @@ from anytimed.service.gatekeeper import Gatekeeper
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
-from anytimed.service.reload import reloaded
+from anytimed.service.reload import changes, reloaded
 from anytimed.service.requests import Mailbox, Request
 from anytimed.service.saving import Saving
 from anytimed.service.session import Session, Trained
@@ -78,7 +79,8 @@ class Daemon:
         self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
         self._inboxes = Inboxes(lambda: self._config, mailbox.post)
-        self._control = Control(session.run.control_socket, mailbox, self.status, self._inboxes)
+        api = Api(mailbox, self.status, self._systemd.idle_s, self._inboxes)
+        self._control = Control(session.run.control_socket, api.app)
 
     def status(self) -> Json:
         """The last status told, as JSON; any thread may ask."""
@@ -275,9 +277,11 @@ class Daemon:
             case requests.Stop(why):
                 log.info("%s: stopping", why)
                 self._state = State.STOPPING
-            case requests.Reload():
-                if not self._terminal_gone():
-                    self._reload()
+            case requests.Reload(reply):
+                if reply is not None or not self._terminal_gone():
+                    self._reload(reply)
+            case requests.Commit(reply) if reply is not None:
+                self._saving.ask(reply)
             case requests.Commit():
                 self._saving.begin()
             case requests.Export(reply) if self._state is not State.STOPPING:
@@ -311,24 +315,29 @@ class Daemon:
             case requests.Crashed(crash):
                 raise crash
 
-    def _reload(self) -> None:
+    def _reload(self, reply: Future[dict[str, Any]] | None = None) -> None:
         before = self._session.parts
         try:
             self._session.parts = parts = reloaded(before, self._trained.read)
         except AnytimedError as error:
-            self._board.problem("reload", str(error))
+            self._board.reloaded(error=str(error))
             self._tell()
+            if reply is not None:
+                reply.set_exception(error)
             return
+        changed = changes(before.config, parts.config)
         self._config = parts.config
         self._saving.table = self._config.commits
-        self._board.problem("reload", None)
+        self._board.reloaded(changed)
         self._timetable.apply(self._config)
         self._steering.configured(self._config)
         if parts.config.sources != before.config.sources and self._state is not State.STOPPING:
             self._read_anew()
             log.info("the mixture from the next block on: %s", parts.told())
-        log.info("reloaded %s", self._config.path)
+        log.info("reloaded %s: %s", self._config.path, ", ".join(changed) or "nothing in it has changed")
         self._tell()
+        if reply is not None:
+            reply.set_result({"config": str(self._config.path), "changed": changed})
 
     def _read_anew(self) -> None:
         """Read again from the last batch that was trained on, by what the session says now."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from anytimed.config import Config, load
-from anytimed.contracts import ConfigError, SourcePosition
+from anytimed.contracts import ConfigError, Json, SourcePosition
 from anytimed.data.sources import require_same_sources
 from anytimed.service.assembly import Parts, parts_of
 
@@ -52,6 +52,15 @@ def changes_that_need_a_restart(old: Config, new: Config) -> list[str]:
         for name in LIVE_TABLES:
             dumped[name] = {key: dumped[name][key] for key in FIXED_KEYS.get(name, ())}
         dumped["data"].pop("discover")
+    return _differing(before, after)
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """All keys that differ, as `[table] key`."""
+    return _differing(old.model_dump(), new.model_dump())
+
+
+def _differing(before: Json, after: Json) -> list[str]:
     return [
         f"[{table}] {key}"
         for table in before

@@ -28,12 +28,16 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """Read the config file again."""
+    """Read the config file again. `reply` gets what changed, or the reason why nothing did."""
+
+    reply: Future[dict[str, Any]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Write the resumable state."""
+    """Write the resumable state. `reply` gets the commit's JSON, of this step or a later one, or the error."""
+
+    reply: Future[dict[str, Any]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from anytimed.config import CommitsTable
-from anytimed.contracts import AnytimedError, Snapshot
+from anytimed.contracts import AnytimedError, Json, Snapshot
 from anytimed.service.board import Board
 from anytimed.service.committer import Committer
 from anytimed.service.mirroring import Mirroring
@@ -48,6 +50,7 @@ class Saving:
         self._unsaved_since: float | None = None
         self._owed = 0
         self._owed_from = 0.0
+        self._asked: list[tuple[int, Future[dict[str, Any]]]] = []
 
     def start(self) -> None:
         self._mirroring.start()
@@ -57,6 +60,7 @@ class Saving:
     def close(self) -> None:
         self._committer.close()
         self._mirroring.close()
+        self._answer(AnytimedError("the daemon is stopping"))
 
     @property
     def mirrored(self) -> bool:
@@ -76,6 +80,21 @@ class Saving:
             snapshot = self._snapshot()
             self._committed_step, self._began = self._learner.step_count, time.monotonic()
             self._committer.submit(snapshot, self.table.keep)
+
+    def ask(self, reply: Future[dict[str, Any]]) -> None:
+        """Begin a commit for somebody who waits for it: of this step, or a later one."""
+        step, commit = self._learner.step_count, self._board.commit
+        if not step:
+            reply.set_exception(AnytimedError("no step was taken yet; there is nothing to commit"))
+            return
+        if commit is not None and commit["step"] == step and not self._committer.busy:
+            reply.set_result(commit)
+            return
+        self._asked.append((step, reply))
+        if self._committer.busy and self._committed_step != step:
+            self._owed, self._owed_from = max(self._owed, 1), 0.0
+        else:
+            self.begin()
 
     def settle(self) -> None:
         """Wait for the commit in flight, if there is one."""
@@ -112,6 +131,7 @@ class Saving:
             raise done.refused
         self._board.problem("commit", done.error)
         if done.commit is None:
+            self._answer(AnytimedError(f"not committed: {done.error}; it is tried again"))
             self._committed_step = 0
             self._owed, self._owed_from = max(self._owed, 1), time.monotonic() + RETRY_S
             self._check_age(str(done.error))
@@ -122,6 +142,7 @@ class Saving:
         if not self._owed:
             self._board.problem("verification", None)
         self._board.commit = {"step": done.step, "path": str(done.commit.path), "time": time.time()}
+        self._answer(self._board.commit)
         log.info("committed step %d: %s", done.step, done.commit.path)
         self._mirror(done.commit)
 
@@ -139,6 +160,17 @@ class Saving:
             self._board.mirrored = {"step": done.manifest.step, "id": str(done.manifest.id), "time": time.time()}
 
     # --- within
+
+    def _answer(self, outcome: Json | AnytimedError) -> None:
+        """Tell those who asked for a commit: of one, who asked for its step or an earlier one; of a failure, all."""
+        waiting, self._asked = self._asked, []
+        for step, reply in waiting:
+            if isinstance(outcome, AnytimedError):
+                reply.set_exception(outcome)
+            elif step <= outcome["step"]:
+                reply.set_result(outcome)
+            else:
+                self._asked.append((step, reply))
 
     def _mirror(self, commit: Commit) -> None:
         self._mirroring.submit(commit, self.table.mirror_keep or self.table.keep)

@@ -22,6 +22,7 @@ class Systemd:
             watchdog_us = 0
         self._ping_every_s = watchdog_us / 1e6 / 4
         self._pinged = 0.0
+        self._went_round = time.monotonic()
 
     def notify(self, *assignments: str) -> None:
         """Send assignments such as "READY=1". A service manager that does not listen is no reason to stop training."""
@@ -36,10 +37,14 @@ class Systemd:
 
     def ping(self) -> None:
         """Progress was made: feed the watchdog, at most four times per interval."""
-        now = time.monotonic()
+        now = self._went_round = time.monotonic()
         if self._ping_every_s and now - self._pinged >= self._ping_every_s:
             self._pinged = now
             self.notify("WATCHDOG=1")
+
+    def idle_s(self) -> float:
+        """How long ago the last progress was; any thread may ask."""
+        return time.monotonic() - self._went_round
 
     def extend(self, seconds: float) -> None:
         """Ask for a longer allowance than the unit gives, for a load, a compilation or the last commit."""

@@ -1,0 +1,97 @@
+"""What can be asked of a running daemon, over HTTP.
+
+    GET  /healthz   200 while the loop goes round, 503 where it has not for `HEALTHY_S`
+    GET  /readyz    200 while it trains or waits for data, 503 while it stops
+    GET  /status    everything it says of itself, as JSON
+    GET  /metrics   the same figures for Prometheus (`exposition`)
+    POST /export    publish x now; the answer comes when it is published
+    POST /commit    write the resumable state now; the answer comes when it is durable
+    POST /reload    take the configuration file anew: all of the change, or none and the reason
+    POST /records   an application's own data (`records`)
+
+Every handler reads the last status or posts a request to the loop and waits; nothing here touches the training. An
+error answers {"error": …}: 422 for a mistake in the configuration, 503 for what may be tried again, 504 where the
+answer took too long and what was asked for goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from anytimed.contracts import AnytimedError, ConfigError, Json
+from anytimed.service import exposition
+from anytimed.service.inboxes import Inboxes
+from anytimed.service.records import Records
+from anytimed.service.requests import Commit, Export, Mailbox, Reload, Request
+from anytimed.urls import told
+
+WAIT_S = 600.0
+"""For the loop's answer; an upload may be long."""
+HEALTHY_S = 1800.0
+"""A step, an evaluation, a last commit or a compilation may take that long; systemd's watchdog is for the shorter."""
+READY = ("training", "waiting for data")
+
+
+class Api:
+    """The routes. status: the last that was told; idle_s: how long ago the loop last went round, in seconds."""
+
+    def __init__(
+        self, mailbox: Mailbox, status: Callable[[], Json], idle_s: Callable[[], float], inboxes: Inboxes
+    ) -> None:
+        self._mailbox, self._status, self._idle_s = mailbox, status, idle_s
+        self.app = Starlette(
+            routes=[
+                Route("/healthz", self._healthz),
+                Route("/readyz", self._readyz),
+                Route("/status", self._get_status),
+                Route("/metrics", self._metrics),
+                Route("/export", self._asking(Export), methods=["POST"]),
+                Route("/commit", self._asking(Commit), methods=["POST"]),
+                Route("/reload", self._asking(Reload), methods=["POST"]),
+                Route("/records", Records(inboxes).post, methods=["POST"]),
+            ]
+        )
+
+    async def _healthz(self, _: HttpRequest) -> JSONResponse:
+        idle = self._idle_s()
+        return JSONResponse({"idle_s": round(idle, 3)}, status_code=200 if idle < HEALTHY_S else 503)
+
+    async def _readyz(self, _: HttpRequest) -> JSONResponse:
+        state = self._status()["state"]
+        return JSONResponse({"state": state}, status_code=200 if state in READY else 503)
+
+    async def _get_status(self, _: HttpRequest) -> JSONResponse:
+        return JSONResponse(self._status())
+
+    async def _metrics(self, _: HttpRequest) -> Response:
+        return Response(exposition.exposed(self._status()), media_type=exposition.CONTENT_TYPE)
+
+    def _asking(self, make: Callable[[Future[Any]], Request]) -> Callable[[HttpRequest], Any]:
+        """A handler that posts a request and answers with what comes of it."""
+
+        async def ask(_: HttpRequest) -> JSONResponse:
+            reply: Future[Any] = Future()
+            self._mailbox.post(make(reply))
+            try:
+                # Who gives up waiting takes nothing back: the loop answers a future that nobody may have cancelled.
+                return JSONResponse(await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(reply)), WAIT_S))
+            except ConfigError as error:
+                return _said(error, 422)
+            except AnytimedError as error:
+                return _said(error, 503)
+            except TimeoutError:
+                return JSONResponse({"error": f"no answer within {WAIT_S:.0f} s; it goes on"}, status_code=504)
+
+        return ask
+
+
+def _said(error: AnytimedError, status: int) -> JSONResponse:
+    return JSONResponse({"error": told(str(error))}, status_code=status)

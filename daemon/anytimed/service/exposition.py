@@ -1,0 +1,134 @@
+"""The daemon's figures as Prometheus reads them: `GET /metrics`.
+
+Everything is made from one status, when it is asked for; nothing is counted twice. Names follow Prometheus' own rules:
+base units, `_total` for what only grows (and begins again where the run goes back), times as seconds since 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from anytimed.contracts import Json
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+STATES: Final = ("starting", "training", "waiting for data", "stopping", "stopped")
+
+_SOURCE_COUNTS: Final = {
+    "records": "Records that were trained on.",
+    "held_out": "Records that were held out.",
+    "rejected": "Records that could not be read, set aside in quarantine.",
+    "tokens": "Tokens of the records that were trained on.",
+    "entries": "Files or spans that were found.",
+}
+_SOURCE_STATES: Final = {
+    "suspended": "Whether the source is read no further, for too many bad records.",
+    "unavailable": "Whether the source did not answer when it was last asked for new data.",
+    "unacknowledged": "Whether the broker could not be told what is not needed any more.",
+}
+
+
+def exposed(status: Json) -> bytes:
+    """The text format. status: as `GET /status` answers."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Told(status))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+class _Told(Collector):
+    def __init__(self, status: Json) -> None:
+        self._status = status
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status
+        yield InfoMetricFamily(
+            "anytimed_run", "Which run this is.", {key: str(status[key]) for key in ("run_id", "term", "device")}
+        )
+        yield _by("anytimed_state", "1 for the state that the daemon is in.", "state", {
+            state: float(state == status["state"]) for state in STATES
+        })  # fmt: skip
+        yield from _training(status)
+        yield from _kept(status)
+        yield from _sources(status["sources"])
+
+
+def _training(status: Json) -> Iterator[Metric]:
+    yield _counter("anytimed_steps", "Optimizer steps.", status["step"])
+    yield _counter("anytimed_tokens", "Tokens trained on.", status["tokens"])
+    yield _counter("anytimed_skipped_steps", "Steps that changed nothing, for they were not finite.", status["skipped"])
+    yield from _gauge("anytimed_tokens_per_second", "Speed since the last report.", status["tokens_per_s"])
+    yield from _gauge("anytimed_loss_nats", "Mean training loss at y since the last report, per token.", status["loss"])
+    yield from _gauge("anytimed_batches_ready", "Batches that are read ahead.", status["batches_ready"])
+    yield from _gauge("anytimed_degraded", "Things that are not as they should be; status names them.", len(
+        status["degraded"]
+    ))  # fmt: skip
+    if evaluation := status["evaluation"]:
+        yield _by(
+            "anytimed_holdout_loss_nats", "Loss on the hold-out, per token: averaged x, y of the gradients, fast z.",
+            "weights", {which: evaluation[f"loss_{which}"] for which in "xyz"},
+        )  # fmt: skip
+        yield from _gauge("anytimed_holdout_step", "The step of that evaluation.", evaluation["step"])
+
+
+def _kept(status: Json) -> Iterator[Metric]:
+    for name, what, told in (
+        ("commit", "the last commit", status["commit"]),
+        ("export", "the last published checkpoint", status["export"]),
+        ("mirrored_commit", "the last mirrored commit", (status["mirror"] or {}).get("commit")),
+        ("verification", "the last verification of commits", status["verification"]),
+    ):
+        if told:
+            yield from _gauge(f"anytimed_last_{name}_timestamp_seconds", f"When {what} was made.", told["time"])
+            yield from _gauge(f"anytimed_last_{name}_step", f"The step of {what}.", told.get("step"))
+    if reload := status["reload"]:
+        ok = float(reload["error"] is None)
+        yield from _gauge("anytimed_config_last_reload_successful", "Whether the last reload was taken.", ok)
+    yield from _gauge(
+        "anytimed_config_last_reload_success_timestamp_seconds", "When the configuration in force was taken.",
+        status["configured"],
+    )  # fmt: skip
+
+
+def _sources(sources: Mapping[str, Json]) -> Iterator[Metric]:
+    for key, what in _SOURCE_COUNTS.items():
+        counted = CounterMetricFamily(f"anytimed_source_{key}", what, labels=["source"])
+        for name, source in sources.items():
+            counted.add_metric([name], source[key])
+        yield counted
+    lag = GaugeMetricFamily("anytimed_source_lag", "What is found and not yet read.", labels=["source", "unit"])
+    for name, source in sources.items():
+        lag.add_metric([name, source["lag_unit"]], source["lag_bytes"])
+    yield lag
+    yield _by("anytimed_source_share_ratio", "Share of the draws.", "source", {
+        name: source["share"] for name, source in sources.items()
+    })  # fmt: skip
+    for key, what in _SOURCE_STATES.items():
+        yield _by(f"anytimed_source_{key}", what, "source", {
+            name: float(source[key] is not None) for name, source in sources.items()
+        })  # fmt: skip
+
+
+def _counter(name: str, what: str, value: float) -> Metric:
+    return CounterMetricFamily(name, what, value=value)
+
+
+def _gauge(name: str, what: str, value: Any) -> Iterator[Metric]:
+    """One gauge; none where there is no figure."""
+    if value is not None:
+        yield GaugeMetricFamily(name, what, value=value)
+
+
+def _by(name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, what, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
