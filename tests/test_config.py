@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,14 @@ def test_several_mistakes_are_all_told(tmp_path: Path) -> None:
 def test_a_missing_file_says_how_to_begin(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="anytimed init"):
         load(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("path", GOOD, ids=lambda path: path.name)
+def test_a_configuration_comes_back_as_it_was_sent(path: Path) -> None:
+    config = load(path)
+    again = Config.from_json(json.loads(json.dumps(config.to_json())))
+    assert again == config and again.digest() == config.digest()
+    assert again.path == config.path.absolute() and again.folder == config.folder.absolute()
 
 
 def test_configs_are_frozen_and_the_digest_ignores_secrets() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,16 +78,24 @@ def init(
 
 
 @app.command()
-def check(path: ConfigFile, allow_adapter: Allowed = None) -> None:
+def check(
+    path: ConfigFile,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="A running daemon: what would a reload make of this file?")
+    ] = None,
+    allow_adapter: Allowed = None,
+) -> None:
     """Validate everything that can be validated without training."""
     from anytimed import registry
     from anytimed.config import load
     from anytimed.service.check import check as findings
+    from anytimed.service.check import reload as reload_findings
 
     registry.allow(allow_adapter or ())
     table = Table("", "what", "found", box=None, padding=(0, 2, 0, 0))
-    good = True
-    for finding in findings(load(path)):
+    good, config = True, load(path)
+    foreseen = None if against is None else _asked(against, "/foresee", "asking the daemon", config.to_json())
+    for finding in chain(findings(config), reload_findings(foreseen)):
         good = good and finding.good
         table.add_row("[green]ok[/]" if finding.good else "[red]no[/]", finding.what, _plain(finding.told))
     out.print(table)
@@ -452,14 +461,14 @@ def _verified(where: str, progress: Callable[[int, int], None]) -> Iterator[Any]
     yield from (verify_mirror if kind == "mirror" else verify_published)(store, progress)
 
 
-def _asked(where: Path, route: str, what: str) -> Json:
+def _asked(where: Path, route: str, what: str, body: Json | None = None) -> Json:
     """What the running daemon answers to a request. Raises AnytimedError where none runs, and what it says."""
     from anytimed.service.control import ask
 
     folder = _run_directory(where)
     try:
         with err.status(what):
-            return ask(folder / "control.sock", "POST", route)
+            return ask(folder / "control.sock", "POST", route, body)
     except OSError:
         raise AnytimedError(f"no daemon answers in {folder}; start it with `anytimed run CONFIG`") from None
 

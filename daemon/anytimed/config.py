@@ -307,6 +307,23 @@ class Config(Table):
         """What an adapter's paths are relative to: the folder of the file, or of the one that it is based on."""
         return self._folder
 
+    def to_json(self) -> Json:
+        """All of it, credentials included, for somebody who may know them."""
+        where = {"path": str(self._path.absolute()), "folder": str(self._folder.absolute())}
+        return {**where, "tables": self.model_dump(mode="json")}
+
+    @staticmethod
+    def from_json(value: Json) -> Config:
+        """The inverse of `to_json`. Raises ConfigError where it is none; credentials are kept secret from then on."""
+        try:
+            path, folder, tables = Path(value["path"]), Path(value["folder"]), value["tables"]
+            keep_secret(kept_in(tables))
+            return _placed(Config.model_validate(tables), path, folder)
+        except ValidationError as error:
+            raise ConfigError(explain(error, Config, tables, str(path))) from None
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"not a configuration: {type(error).__name__}: {error}") from None
+
     def digest(self) -> str:
         """SHA-256 (hex) over the whole configuration, storage options and credentials left out."""
         return hashlib.sha256(json.dumps(public(self.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
@@ -323,6 +340,10 @@ def load(path: Path) -> Config:
         config = Config.model_validate(_placeholders(data))
     except ValidationError as error:
         raise ConfigError(explain(error, Config, data, str(path))) from None
+    return _placed(config, path, folder)
+
+
+def _placed(config: Config, path: Path, folder: Path) -> Config:
     object.__setattr__(config, "_path", path)
     object.__setattr__(config, "_folder", folder)
     return config

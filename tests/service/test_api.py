@@ -23,10 +23,10 @@ from tests import tiny
 from tests.service.test_daemon import running, status, until
 
 
-def asked(folder: Path, method: str, route: str) -> tuple[int, bytes, str]:
+def asked(folder: Path, method: str, route: str, body: str | None = None) -> tuple[int, bytes, str]:
     connection = UnixConnection(folder / "run" / "control.sock", 60)
     try:
-        connection.request(method, route)
+        connection.request(method, route, body)
         response = connection.getresponse()
         return response.status, response.read(), response.getheader("content-type", "")
     finally:
@@ -119,6 +119,28 @@ def test_a_reload_is_answered_with_what_changed_or_the_reason(tmp_path: Path) ->
         assert status(tmp_path)["degraded"] == []
 
 
+def test_a_check_against_a_run_says_what_a_reload_would_do(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 12)
+    config = tiny.config(tmp_path, commits={"keep": 3})
+    other = tmp_path / "other.toml"
+    before = config.read_text()
+    with running(config) as process:
+        until(process, lambda: status(tmp_path)["state"] == "waiting for data")
+        for change, expect, told in (
+            (lambda text: text, 0, "would change nothing"),
+            (lambda text: text.replace("keep = 3", "keep = 5"), 0, "would change [commits] keep"),
+            (lambda text: text.replace("seed = 7", "seed = 8"), 2, "only a restart changes [run] seed"),
+            (lambda text: text.replace('type = "text"', 'type = "jsonl"'), 2, "'main' reads something else"),
+        ):
+            changed = change(before)
+            assert changed != before or told.endswith("nothing")
+            other.write_text(changed)
+            said = tiny.run("check", other, "--against", tmp_path / "run", expect=expect)
+            assert told in " ".join(said.split()), said
+        assert status(tmp_path)["reload"] is None
+    assert "no daemon answers" in tiny.run("check", config, "--against", tmp_path / "run", expect=1)
+
+
 # --- without a daemon -------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +149,14 @@ def alone(tmp_path: Path) -> Iterator[tuple[Path, Mailbox, dict[str, Any]]]:
     """The socket, with what it would be told: `state`, `idle_s`."""
     said: dict[str, Any] = {"state": "training", "idle_s": 0.0}
     mailbox = Mailbox()
-    api = Api(mailbox, lambda: {"state": said["state"]}, lambda: float(said["idle_s"]), Inboxes(dict, mailbox.post))  # type: ignore[arg-type]
+    inboxes = Inboxes(dict, mailbox.post)  # type: ignore[arg-type]
+    api = Api(
+        mailbox,
+        lambda: {"state": said["state"]},
+        lambda: float(said["idle_s"]),
+        lambda config: config.to_json(),
+        inboxes,
+    )
     (tmp_path / "run").mkdir()
     control = Control(tmp_path / "run" / "control.sock", api.app)
     control.start()
@@ -164,6 +193,19 @@ def test_who_gives_up_waiting_does_not_disturb_the_answer(
     (request,) = mailbox.drain()
     assert isinstance(request, Commit) and request.reply is not None
     request.reply.set_result({"step": 1})  # raises where the waiting has cancelled it
+
+
+def test_a_configuration_that_is_none_is_refused(alone: tuple[Path, Mailbox, dict[str, Any]]) -> None:
+    folder, _, _ = alone
+    for body, code, told in (
+        ({}, 422, "not a configuration"),
+        ({"path": "a", "folder": "b", "tables": {}}, 422, "missing"),
+        ({"path": "a", "folder": "b", "tables": {"x": "y" * api_module.MOST_BODY_BYTES}}, 400, "bytes"),
+    ):
+        found = asked(folder, "POST", "/foresee", json.dumps(body))
+        assert found[0] == code and told in found[1].decode(), found
+    assert asked(folder, "POST", "/foresee", "no json")[0] == 400
+    assert asked(folder, "POST", "/foresee", "[1]")[0] == 422
 
 
 STATUS: Json = {

@@ -378,7 +378,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, Inboxes]]:
     (tmp_path / "run").mkdir()
     mailbox = Mailbox()
     inboxes = Inboxes(lambda: config, mailbox.post)
-    control = Control(tmp_path / "run" / "control.sock", Api(mailbox, dict, lambda: 0.0, inboxes).app)
+    control = Control(tmp_path / "run" / "control.sock", Api(mailbox, dict, lambda: 0.0, dict, inboxes).app)
     control.start()
     try:
         deadline = time.monotonic() + 30

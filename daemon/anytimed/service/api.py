@@ -7,6 +7,7 @@
     POST /export    publish x now; the answer comes when it is published
     POST /commit    write the resumable state now; the answer comes when it is durable
     POST /reload    take the configuration file anew: all of the change, or none and the reason
+    POST /foresee   a configuration, as `Config.to_json`: what a reload would make of it; nothing is changed
     POST /records   an application's own data (`records`)
 
 Every handler reads the last status or posts a request to the loop and waits; nothing here touches the training. An
@@ -22,31 +23,45 @@ from concurrent.futures import Future
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Json
 from anytimed.service import exposition
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.records import Records
 from anytimed.service.requests import Commit, Export, Mailbox, Reload, Request
+from anytimed.storage.strangers import parse
 from anytimed.urls import told
 
 WAIT_S = 600.0
 """For the loop's answer; an upload may be long."""
 HEALTHY_S = 1800.0
 """A step, an evaluation, a last commit or a compilation may take that long; systemd's watchdog is for the shorter."""
+BODY_S, MOST_BODY_BYTES = 10.0, 1 << 20
 READY = ("training", "waiting for data")
 
 
+Foresee = Callable[[Config], Json]
+
+
 class Api:
-    """The routes. status: the last that was told; idle_s: how long ago the loop last went round, in seconds."""
+    """The routes. Of these, called in the server's threads: status: the last that was told; idle_s: how long ago the
+    loop last went round, in seconds; foresee: what a reload would make of a configuration."""
 
     def __init__(
-        self, mailbox: Mailbox, status: Callable[[], Json], idle_s: Callable[[], float], inboxes: Inboxes
+        self,
+        mailbox: Mailbox,
+        status: Callable[[], Json],
+        idle_s: Callable[[], float],
+        foresee: Foresee,
+        inboxes: Inboxes,
     ) -> None:
-        self._mailbox, self._status, self._idle_s = mailbox, status, idle_s
+        self._mailbox, self._status, self._idle_s, self._foreseen = mailbox, status, idle_s, foresee
         self.app = Starlette(
             routes=[
                 Route("/healthz", self._healthz),
@@ -56,6 +71,7 @@ class Api:
                 Route("/export", self._asking(Export), methods=["POST"]),
                 Route("/commit", self._asking(Commit), methods=["POST"]),
                 Route("/reload", self._asking(Reload), methods=["POST"]),
+                Route("/foresee", self._foresee, methods=["POST"]),
                 Route("/records", Records(inboxes).post, methods=["POST"]),
             ]
         )
@@ -74,6 +90,19 @@ class Api:
     async def _metrics(self, _: HttpRequest) -> Response:
         return Response(exposition.exposed(self._status()), media_type=exposition.CONTENT_TYPE)
 
+    async def _foresee(self, request: HttpRequest) -> JSONResponse:
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await _body(request)
+            config = Config.from_json(parse(bytes(body), "the request"))
+            return JSONResponse(await run_in_threadpool(self._foreseen, config))
+        except ConfigError as error:
+            return _said(error, 422)
+        except AnytimedError as error:
+            return _said(error, 400)
+        except (TimeoutError, ClientDisconnect):
+            return JSONResponse({"error": f"the body did not arrive within {BODY_S:.0f} s"}, status_code=408)
+
     def _asking(self, make: Callable[[Future[Any]], Request]) -> Callable[[HttpRequest], Any]:
         """A handler that posts a request and answers with what comes of it."""
 
@@ -91,6 +120,15 @@ class Api:
                 return JSONResponse({"error": f"no answer within {WAIT_S:.0f} s; it goes on"}, status_code=504)
 
         return ask
+
+
+async def _body(request: HttpRequest) -> bytearray:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BODY_BYTES:
+            raise AnytimedError(f"the body has more than {MOST_BODY_BYTES} bytes; no configuration is as long")
+    return body
 
 
 def _said(error: AnytimedError, status: int) -> JSONResponse:

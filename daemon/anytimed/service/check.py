@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anytimed.config import Config
-from anytimed.contracts import AnytimedError, ConfigError, Record, Rejected, Stream
+from anytimed.contracts import AnytimedError, ConfigError, Json, Record, Rejected, Stream
 from anytimed.data.inbox import Inbox
 from anytimed.optim import compiled, native
 from anytimed.service.assembly import Parts, parts_of
@@ -99,6 +99,19 @@ def _elements_by(device: Device, parameters: int) -> str:
 
 def _device(config: Config) -> Device:
     return Device(config.run.device, precision=config.run.precision, deterministic=False)
+
+
+def reload(foreseen: Json | None) -> Iterator[Finding]:
+    """What a reload would make of it, by what the daemon said; nothing where none was asked."""
+    if foreseen is None:
+        return
+    if restart := foreseen["restart"]:
+        yield Finding("reload", False, f"refused as a whole: only a restart changes {', '.join(restart)}")
+    elif foreseen["problem"]:
+        yield Finding("reload", False, f"refused: {foreseen['problem']}")
+    else:
+        changed = foreseen["changed"]
+        yield Finding("reload", True, f"would change {', '.join(changed)}" if changed else "would change nothing")
 
 
 def _tried(what: str, look: Callable[[], str]) -> Finding:

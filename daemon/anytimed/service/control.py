@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import os
 import socket
 import threading
@@ -102,12 +103,12 @@ class UnixConnection(http.client.HTTPConnection):
             self.sock.connect(address)
 
 
-def ask(path: Path, method: str, route: str, timeout_s: float = ANSWER_S) -> Json:
+def ask(path: Path, method: str, route: str, body: Json | None = None, timeout_s: float = ANSWER_S) -> Json:
     """The daemon's JSON answer. Raises OSError when no daemon listens, AnytimedError with its message when it says no
     or answers with something else, ConfigError where it says that the configuration is wrong."""
     connection = UnixConnection(path, timeout_s)
     try:
-        connection.request(method, route)
+        connection.request(method, route, None if body is None else json.dumps(body).encode())
         response = connection.getresponse()
         answer = parse(response.read(ANSWER_BYTES), str(path))
     except http.client.HTTPException as error:

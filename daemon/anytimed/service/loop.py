@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+from anytimed.config import Config
 from anytimed.contracts import AnytimedError, Batch, Json, Snapshot
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
@@ -27,7 +28,7 @@ from anytimed.service.gatekeeper import Gatekeeper
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.keeper import Keeper
 from anytimed.service.outbox import Outbox
-from anytimed.service.reload import changes, reloaded
+from anytimed.service.reload import changes, foreseen, reloaded
 from anytimed.service.requests import Mailbox, Request
 from anytimed.service.saving import Saving
 from anytimed.service.session import Session, Trained
@@ -79,12 +80,16 @@ class Daemon:
         self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
         self._inboxes = Inboxes(lambda: self._config, mailbox.post)
-        api = Api(mailbox, self.status, self._systemd.idle_s, self._inboxes)
+        api = Api(mailbox, self.status, self._systemd.idle_s, self._foresee, self._inboxes)
         self._control = Control(session.run.control_socket, api.app)
 
     def status(self) -> Json:
         """The last status told, as JSON; any thread may ask."""
         return self._board.last
+
+    def _foresee(self, config: Config) -> Json:
+        """What a reload would make of a configuration; any thread may ask."""
+        return foreseen(self._config, config, self._trained.read)
 
     # --- the state machine
 
