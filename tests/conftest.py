@@ -7,9 +7,6 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("anytimed", deadline=None)  # a slow machine is no failure
-settings.load_profile("anytimed")
-
 pytest_plugins = ["tests.faultlog"]
 
 # How long an example takes says something about the machine, and decides nothing.
