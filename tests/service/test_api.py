@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ def test_a_commit_that_is_asked_for_is_of_this_step(tmp_path: Path) -> None:
             told = json.loads(content)
             assert code == 200 and told["step"] >= before
             assert json.loads((Path(told["path"]) / "MANIFEST.json").read_text())["step"] == told["step"]
+        before = status(tmp_path)["step"]
+        with ThreadPoolExecutor(8) as pool:  # some are asked for while another step's is in flight
+            answers = [json.loads(a) for _, a, _ in pool.map(lambda _: asked(tmp_path, "POST", "/commit"), range(40))]
+        assert min(answer["step"] for answer in answers) >= before
+        assert len({answer["step"] for answer in answers}) > 1
         said = tiny.run("commit", tmp_path / "run")
         assert f"Committed step {status(tmp_path)['commit']['step']}: " in said
     assert "no daemon answers" in tiny.run("commit", tmp_path / "run", expect=1)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from anytimed.contracts import Refused, Snapshot
+from anytimed.config import CommitsTable
+from anytimed.contracts import AnytimedError, Refused, Snapshot
 from anytimed.service import mirroring
 from anytimed.service.committer import Committer
 from anytimed.service.mirroring import Mirroring
 from anytimed.service.requests import Committed, Mirrored, Request, Verified
+from anytimed.service.saving import Saving
 from anytimed.storage.commits import Commits
 from anytimed.storage.durable import forget_cached
 from anytimed.storage.journal import Journal
@@ -67,6 +72,79 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     made.committer.close()
     made.mirroring.close()
     made.run.release()
+
+
+# --- commits that somebody asked for ----------------------------------------------------------------------------------
+
+
+class Saved:
+    """The loop's hand on a real committer; what the learner and the board are to it."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.learner = SimpleNamespace(step_count=0)
+        self.board = SimpleNamespace(commit=None, problems={}, problem=lambda key, text: None)
+        session = SimpleNamespace(
+            learner=self.learner, commits=desk.commits, mirror=None, journal=desk.journal, resumed=None, commit=None
+        )
+        self.saving = Saving(
+            session,
+            CommitsTable(every_steps=1),
+            self.board,
+            desk.posted.append,
+            lambda: snapshot(self.learner.step_count),
+        )  # type: ignore[arg-type]
+
+    def ask(self) -> Future[dict[str, Any]]:
+        reply: Future[dict[str, Any]] = Future()
+        self.saving.ask(reply)
+        return reply
+
+    def settle(self) -> None:
+        """What the loop does with the commit in flight."""
+        self.saving.settle()
+        done = self.desk.posted[-1]
+        assert isinstance(done, Committed)
+        self.saving.committed(done, waiting=False)
+
+
+@pytest.fixture
+def saved(desk: Desk) -> Iterator[Saved]:
+    made = Saved(desk)
+    yield made
+    made.saving.close()
+
+
+def test_a_commit_asked_for_while_an_older_one_is_in_flight_follows_it(saved: Saved) -> None:
+    saved.learner.step_count = 3
+    first = saved.ask()
+    again = saved.ask()
+    saved.learner.step_count = 4
+    later = saved.ask()
+    saved.settle()
+    assert first.result(0)["step"] == again.result(0)["step"] == 3 and not later.done()
+    saved.learner.step_count = 5
+    saved.saving.catch_up()
+    saved.settle()
+    assert later.result(0)["step"] == 5
+    saved.saving.catch_up()  # nothing is owed any more
+    assert saved.desk.count(Committed) == 2
+    assert saved.ask().result(0)["step"] == 5 and saved.desk.count(Committed) == 2
+
+
+def test_who_asked_for_a_commit_is_told_when_there_will_be_none(saved: Saved) -> None:
+    with pytest.raises(AnytimedError, match="no step was taken yet"):
+        saved.ask().result(0)
+    saved.learner.step_count = 3
+    reply = saved.ask()
+    saved.saving.settle()
+    saved.saving.committed(Committed(3, error="the disk is full"), waiting=False)
+    with pytest.raises(AnytimedError, match="the disk is full; it is tried again"):
+        reply.result(0)
+    reply = saved.ask()
+    saved.saving.close()
+    with pytest.raises(AnytimedError, match="stopping"):
+        reply.result(0)
 
 
 # --- reading again ----------------------------------------------------------------------------------------------------

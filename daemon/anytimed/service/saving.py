@@ -91,10 +91,8 @@ class Saving:
             reply.set_result(commit)
             return
         self._asked.append((step, reply))
-        if self._committer.busy and self._committed_step != step:
-            self._owed, self._owed_from = max(self._owed, 1), 0.0
-        else:
-            self.begin()
+        if not self._committer.busy:
+            self.begin(again=True)
 
     def settle(self) -> None:
         """Wait for the commit in flight, if there is one."""
@@ -143,6 +141,7 @@ class Saving:
             self._board.problem("verification", None)
         self._board.commit = {"step": done.step, "path": str(done.commit.path), "time": time.time()}
         self._answer(self._board.commit)
+        self._owed = max(self._owed, int(bool(self._asked)))  # this one was in flight when they asked
         log.info("committed step %d: %s", done.step, done.commit.path)
         self._mirror(done.commit)
 
