@@ -132,6 +132,21 @@ def test_a_commit_asked_for_while_an_older_one_is_in_flight_follows_it(saved: Sa
     assert saved.ask().result(0)["step"] == 5 and saved.desk.count(Committed) == 2
 
 
+def test_a_commit_asked_for_while_the_last_one_is_being_told_is_made(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved.learner.step_count = 3
+    saved.ask()
+    saved.settle()
+    saved.learner.step_count = 4
+    with monkeypatch.context() as patched:  # the thread has posted what came of it, and is not done
+        patched.setattr(Committer, "busy", property(lambda self: True))
+        later = saved.ask()
+    saved.saving.catch_up()
+    saved.settle()
+    assert later.result(0)["step"] == 4
+
+
 def test_who_asked_for_a_commit_is_told_when_there_will_be_none(saved: Saved) -> None:
     with pytest.raises(AnytimedError, match="no step was taken yet"):
         saved.ask().result(0)

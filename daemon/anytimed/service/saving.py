@@ -91,7 +91,9 @@ class Saving:
             reply.set_result(commit)
             return
         self._asked.append((step, reply))
-        if not self._committer.busy:
+        if self._committer.busy:  # with an older step, or with what was already told as done
+            self._owed = max(self._owed, 1)
+        else:
             self.begin(again=True)
 
     def settle(self) -> None:
