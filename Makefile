@@ -15,8 +15,7 @@ CONFIG ?= configs/quickstart.toml
 TORCH_INDEX ?=
 PIP_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INPUTS := pyproject.toml constraints.txt
-# Some tests wait for most of their time; a third one fills it on two cores.
-WORKERS ?= 3
+WORKERS ?= 2
 
 .PHONY: run test faults fuzz check bench longrun clean
 .DELETE_ON_ERROR:
