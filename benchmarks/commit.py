@@ -231,7 +231,7 @@ def report(result: Json) -> None:
             f"{going['median_bare_load_s']:.2f} s",
             f"{going['ratio']:.2f}",
         )
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(120, Console().width)).print(table)
 
 
 if __name__ == "__main__":
