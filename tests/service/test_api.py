@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from anytimed.config import Config, load
 from anytimed.contracts import Json
 from anytimed.service import api as api_module
 from anytimed.service.api import Api
@@ -155,26 +156,27 @@ def alone(tmp_path: Path) -> Iterator[tuple[Path, Mailbox, dict[str, Any]]]:
     """The socket, with what it would be told: `state`, `idle_s`."""
     said: dict[str, Any] = {"state": "training", "idle_s": 0.0}
     mailbox = Mailbox()
-    inboxes = Inboxes(dict, mailbox.post)  # type: ignore[arg-type]
-    api = Api(
-        mailbox,
-        lambda: {"state": said["state"]},
-        lambda: float(said["idle_s"]),
-        lambda config: config.to_json(),
-        inboxes,
-    )
+    config = load(tiny.config(tmp_path))
+    inboxes = Inboxes(lambda: config, mailbox.post)
+    api = Api(mailbox, lambda: {"state": said["state"]}, lambda: float(said["idle_s"]), Config.to_json, inboxes)
     (tmp_path / "run").mkdir()
     control = Control(tmp_path / "run" / "control.sock", api.app)
     control.start()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            asked(tmp_path, "GET", "/healthz")
-            break
-        except OSError:
+    try:
+        deadline = time.monotonic() + 30
+        while not answers(tmp_path):
+            assert time.monotonic() < deadline, "it never listened"
             time.sleep(0.01)
-    yield tmp_path, mailbox, said
-    control.close()
+        yield tmp_path, mailbox, said
+    finally:
+        control.close()
+
+
+def answers(folder: Path) -> bool:
+    try:
+        return asked(folder, "GET", "/healthz")[0] == 200
+    except OSError:
+        return False
 
 
 def test_a_loop_that_hangs_is_not_healthy_and_one_that_stops_not_ready(

@@ -93,7 +93,7 @@ class Saved:
             self.board,
             desk.posted.append,
             lambda: snapshot(self.learner.step_count),
-        )  # type: ignore[arg-type]
+        )
 
     def ask(self) -> Future[dict[str, Any]]:
         reply: Future[dict[str, Any]] = Future()

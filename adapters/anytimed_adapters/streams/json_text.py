@@ -14,14 +14,13 @@ DEEPEST = 400
 """The largest limit that Python's parser reaches on any stack that we call it on."""
 _SHOWN_CHARACTERS = 300
 """Of an object's keys, which may be as long as the object."""
-_decode = json.JSONDecoder().decode
 _BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
 
 
 def field_of(text: str, field: str, most_nesting: int) -> str:
     """The text in `field` of the object. Raises ValueError saying what is wrong, briefly."""
     try:
-        value: Any = _decode(text)
+        value: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         if _depth_of_text(text, most_nesting) > most_nesting:
             raise _too_deep(most_nesting) from None

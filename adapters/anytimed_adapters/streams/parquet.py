@@ -60,7 +60,7 @@ class ParquetFiles(FileStream):
     def __init__(self, settings: Settings, name: str, **clocks: Any) -> None:
         super().__init__(settings, name, **clocks)
         with contextlib.suppress(NotImplementedError):  # a build without it
-            # The default keeps some 25 MB more of what was let go.
+            # Of the whole process: the default pool keeps some 25 MB more of what was let go.
             pa.set_memory_pool(pa.jemalloc_memory_pool())
 
     def _items(self, index: int, at: Json | None) -> Items:

@@ -19,6 +19,7 @@ from anytimed.data.encoding import PIECE_CHARACTERS, BatchTokenizer, Closed, Reb
 from anytimed.data.worker_pool import WorkerPool
 
 _THREADS = 2
+"""That encode beside the reading."""
 
 
 class Pending(Protocol):

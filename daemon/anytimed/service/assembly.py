@@ -92,11 +92,9 @@ def parts_of(config: Config) -> Parts:
     tokenizer = registry.build("anytimed.tokenizers", config.tokenizer, file, ("tokenizer",), base)
     model = registry.build("anytimed.models", config.model, file, ("model",))
     recipe = registry.build("anytimed.optimizers", config.optimizer, file, ("optimizer",))
-    rules = {}
     for name, table in sorted(config.sources.items()):
         registry.build("anytimed.streams", table, file, ("sources", name), name)
-        if table.weight > 0:
-            rules[name] = rule_of(config, name)
+    rules = rules_of(config)
     longest = model.hf_config(tokenizer.vocab_size, tokenizer.end_token).get("max_position_embeddings")
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
@@ -111,6 +109,11 @@ def parts_of(config: Config) -> Parts:
         )
     rebuild = Rebuild(config.tokenizer, file, base, tuple(registry.allowed()))
     return Parts(config, tokenizer, model, recipe, rebuild, rules)
+
+
+def rules_of(config: Config) -> dict[str, SourceRule]:
+    """Those of the sources that are drawn from, by name. Raises ConfigError where a table is wrong."""
+    return {name: rule_of(config, name) for name, table in sorted(config.sources.items()) if table.weight > 0}
 
 
 def rule_of(config: Config, name: str) -> SourceRule:

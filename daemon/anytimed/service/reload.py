@@ -8,7 +8,7 @@ from dataclasses import replace
 from anytimed.config import Config, load
 from anytimed.contracts import ConfigError, Json, SourcePosition
 from anytimed.data.sources import require_same_sources
-from anytimed.service.assembly import Parts, parts_of, rule_of
+from anytimed.service.assembly import Parts, parts_of, rules_of
 
 LIVE_TABLES = ("logging", "evaluation", "commits", "exports", "guard", "sources")
 """Tables whose keys may change between two steps. Those that change the numbers (when to evaluate, the guard, and the
@@ -48,7 +48,7 @@ def reloaded(running: Parts, read: Mapping[str, SourcePosition]) -> Parts:
 def foreseen(running: Config, new: Config, read: Mapping[str, SourcePosition]) -> Json:
     """What `reloaded` would do with a configuration: the keys that change, those that only a restart changes, and what
     else speaks against it. Raises ConfigError where an adapter's table is wrong."""
-    rules = {name: rule_of(new, name) for name, table in new.sources.items() if table.weight > 0}
+    rules = rules_of(new)
     try:
         require_same_sources(rules, read)
         problem = None
