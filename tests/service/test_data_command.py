@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from anytimed import cli
+from anytimed.cli import data as command
 from anytimed.config import load
 from anytimed.contracts import ConfigError, CorruptError, Describing, Finished, Json, Refused
 from anytimed.data.pipeline import Dry
@@ -65,8 +65,8 @@ def said(config: Path, **options: Any) -> str:
     """What `anytimed data` writes, in this process, on a wide terminal."""
     written = io.StringIO()
     with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(written):
-        patched.setattr(cli, "out", Console(file=written, width=200))
-        cli.data(config, **{"peek": None, "as_json": False, "allow_adapter": None, **options})
+        patched.setattr(command, "out", Console(file=written, width=200))
+        command.data(config, **{"peek": None, "as_json": False, "allow_adapter": None, **options})
     return written.getvalue()
 
 

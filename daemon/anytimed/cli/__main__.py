@@ -1,0 +1,5 @@
+"""`python -m anytimed.cli`."""
+
+from anytimed.cli import main
+
+main()

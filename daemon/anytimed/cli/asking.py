@@ -1,0 +1,28 @@
+"""`anytimed export`, `commit`, `reload`: what is asked of a running daemon, and waited for."""
+
+from __future__ import annotations
+
+from anytimed.cli.app import Run, app, myself, say
+from anytimed.cli.running import asked
+
+
+@app.command()
+def export(where: Run) -> None:
+    """Ask the running daemon to publish x now, and wait until it is there."""
+    answer = asked(where, "/export", "exporting")
+    say(f"Published {answer['checkpoint']} (step {answer['step']})")
+    say(f"Pull:  {myself()} pull {answer['url']} --to DIR")
+
+
+@app.command()
+def commit(where: Run) -> None:
+    """Ask the running daemon to write its resumable state now, and wait until it is durable."""
+    answer = asked(where, "/commit", "committing")
+    say(f"Committed step {answer['step']}: {answer['path']}")
+
+
+@app.command()
+def reload(where: Run) -> None:
+    """Ask the running daemon to take its configuration file anew: all of the change, or none of it and the reason."""
+    answer = asked(where, "/reload", "reloading")
+    say(f"Reloaded {answer['config']}: {', '.join(answer['changed']) or 'nothing in it has changed'}")
