@@ -68,6 +68,11 @@ class RunTable(Table):
     )
     deterministic: bool = Field(default=True, description="ask torch for deterministic kernels: resume is bit for bit")
     compile: bool = Field(default=False, description="torch.compile the model")
+    stop_within_s: Seconds | None = Field(
+        default=None,
+        description="time to live after SIGTERM, on a machine that is taken away: the commit comes first, uploads get "
+        "what is left of it",
+    )
 
 
 class ModelTable(AdapterTable):
@@ -264,6 +269,27 @@ class LoggingTable(Table):
     )
 
 
+class ControlTable(Table):
+    """HTTP over TCP, beside the socket in the run directory."""
+
+    listen: str | None = Field(
+        default=None,
+        description='loopback address and port, as in "127.0.0.1:8765"; without a token it only answers questions',
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _loopback(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\]):(\d{1,5})", value, re.ASCII)
+            if match is None or int(match[2]) > 65_535:
+                raise ValueError(
+                    'a loopback address and a port, as in "127.0.0.1:8765" or "[::1]:8765"; for other machines put a '
+                    "proxy before it that knows who may see it, or use an SSH tunnel"
+                )
+        return value
+
+
 class Config(Table):
     """A whole file. `path` is where it was read from."""
 
@@ -279,6 +305,7 @@ class Config(Table):
     commits: CommitsTable = CommitsTable()
     exports: ExportsTable
     logging: LoggingTable = LoggingTable()
+    control: ControlTable = ControlTable()
 
     _path: Path = Path()
     _folder: Path = Path()

@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from anytimed.config import Config, load
 from anytimed.contracts import Json
 from anytimed.service import api as api_module
-from anytimed.service.api import Api
+from anytimed.service.api import READY, Api
+from anytimed.service.bulletin import Bulletin
 from anytimed.service.control import Control, UnixConnection
 from anytimed.service.exposition import CONTENT_TYPE, STATES, exposed
 from anytimed.service.inboxes import Inboxes
@@ -158,7 +159,9 @@ def alone(tmp_path: Path) -> Iterator[tuple[Path, Mailbox, dict[str, Any]]]:
     mailbox = Mailbox()
     config = load(tiny.config(tmp_path))
     inboxes = Inboxes(lambda: config, mailbox.post)
-    api = Api(mailbox, lambda: {"state": said["state"]}, lambda: float(said["idle_s"]), Config.to_json, inboxes)
+    api = Api(
+        mailbox, lambda: {"state": said["state"]}, lambda: float(said["idle_s"]), Config.to_json, inboxes, Bulletin()
+    )
     (tmp_path / "run").mkdir()
     control = Control(tmp_path / "run" / "control.sock", api.app)
     control.start()
@@ -188,7 +191,7 @@ def test_a_loop_that_hangs_is_not_healthy_and_one_that_stops_not_ready(
         assert asked(folder, "GET", "/healthz")[0] == code
     for state in STATES:
         said["state"] = state
-        assert asked(folder, "GET", "/readyz")[0] == (200 if state in ("training", "waiting for data") else 503)
+        assert asked(folder, "GET", "/readyz")[0] == (200 if state in READY else 503)
 
 
 def test_who_gives_up_waiting_does_not_disturb_the_answer(

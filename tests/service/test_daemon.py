@@ -280,12 +280,19 @@ def test_systemd_is_told_ready_status_watchdog_and_stopping(tmp_path: Path) -> N
             process.send_signal(signal.SIGCONT)
             manager.settimeout(30)
             process.send_signal(signal.SIGTERM)
-            while not any("EXTEND_TIMEOUT_USEC" in t for t in told):
+            while not ("STOPPING=1" in told and "EXTEND_TIMEOUT_USEC" in told[-1]):
                 told.append(manager.recv(4096).decode())
             assert process.wait(timeout=60) == 0
     assert "READY=1" in told
     assert "STOPPING=1" in told
     assert any(t.startswith("STATUS=training | step") for t in told)
+    phases = [t.splitlines()[0] for t in told[: told.index("READY=1")]]
+    assert phases == [
+        "STATUS=starting: reading the configuration",
+        "STATUS=starting: reading and verifying the commits",
+        "STATUS=starting: going on from the beginning",
+    ]
+    assert all("\nEXTEND_TIMEOUT_USEC=600000000\n" in t for t in told[: told.index("READY=1")])
 
 
 def test_a_store_that_fails_costs_no_step_and_the_spool_is_sent_later(tmp_path: Path) -> None:

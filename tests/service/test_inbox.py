@@ -29,6 +29,7 @@ from anytimed.data.inbox_log import InboxLog
 from anytimed.service import intake as intake_module
 from anytimed.service import records as records_module
 from anytimed.service.api import Api
+from anytimed.service.bulletin import Bulletin
 from anytimed.service.control import Control, UnixConnection
 from anytimed.service.feeding import Feeder, Line
 from anytimed.service.inboxes import Inboxes
@@ -378,7 +379,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, Inboxes]]:
     (tmp_path / "run").mkdir()
     mailbox = Mailbox()
     inboxes = Inboxes(lambda: config, mailbox.post)
-    control = Control(tmp_path / "run" / "control.sock", Api(mailbox, dict, lambda: 0.0, dict, inboxes).app)
+    control = Control(tmp_path / "run" / "control.sock", Api(mailbox, dict, lambda: 0.0, dict, inboxes, Bulletin()).app)
     control.start()
     try:
         deadline = time.monotonic() + 30

@@ -83,7 +83,9 @@ class Saved:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self.learner = SimpleNamespace(step_count=0)
-        self.board = SimpleNamespace(commit=None, problems={}, problem=lambda key, text: None)
+        self.board = SimpleNamespace(
+            commit=None, problems={}, problem=lambda key, text: None, committed=self._committed
+        )
         session = SimpleNamespace(
             learner=self.learner, commits=desk.commits, mirror=None, journal=desk.journal, resumed=None, commit=None
         )
@@ -94,6 +96,11 @@ class Saved:
             desk.posted.append,
             lambda: snapshot(self.learner.step_count),
         )
+
+    def _committed(self, step: int, path: Path) -> dict[str, Any]:
+        self.board.commit = {"step": step, "path": str(path), "time": time.time()}
+        found: dict[str, Any] = self.board.commit
+        return found
 
     def ask(self) -> Future[dict[str, Any]]:
         reply: Future[dict[str, Any]] = Future()

@@ -1,4 +1,4 @@
-"""`anytimed export`, `commit`, `reload`: what is asked of a running daemon, and waited for."""
+"""`anytimed export`, `commit`, `reload`, `pause`, `resume`: what is asked of a running daemon, and waited for."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def reload(where: Run) -> None:
     """Ask the running daemon to take its configuration file anew: all of the change, or none of it and the reason."""
     answer = asked(where, "/reload", "reloading")
     say(f"Reloaded {answer['config']}: {', '.join(answer['changed']) or 'nothing in it has changed'}")
+
+
+@app.command()
+def pause(where: Run) -> None:
+    """Ask the running daemon to take no more steps; what was trained is committed. A restart goes on by itself."""
+    answer = asked(where, "/pause", "pausing")
+    say(f"{answer['state'].capitalize()} at step {answer['step']}. Go on:  {myself()} resume {where}")
+
+
+@app.command()
+def resume(where: Run) -> None:
+    """Ask the running daemon to go on after a pause."""
+    answer = asked(where, "/resume", "resuming")
+    say(f"{answer['state'].capitalize()} at step {answer['step']}")

@@ -24,23 +24,25 @@ def run(
     """Train until told to stop. Every start goes on from the newest commit."""
     from anytimed import registry
     from anytimed.config import load
+    from anytimed.service.access import control_token
     from anytimed.service.console import View, configure_logging
     from anytimed.service.requests import Mailbox
     from anytimed.service.signals import posted_to
+    from anytimed.service.systemd import Systemd
     from anytimed.storage.run_directory import RunDirectory
 
     configure_logging(out)
     registry.allow(allow_adapter or ())
-    config, mailbox = load(path), Mailbox()
+    config, token, mailbox, systemd = load(path), control_token(), Mailbox(), Systemd()
     with posted_to(mailbox), RunDirectory(Path(config.run.directory)) as directory:
         if not fresh:
             directory.acquire()  # before torch is imported: a second daemon is refused at once
         from anytimed.service.loop import Daemon
         from anytimed.service.recovery import recover
 
-        session = recover(config, directory, fresh=fresh)
+        session = recover(config, directory, fresh=fresh, tell=systemd.phase)
         with View(out, f"anytimed {path}") as view:
-            daemon = Daemon(session, mailbox, view, steps=steps)
+            daemon = Daemon(session, mailbox, view, steps=steps, systemd=systemd, token=token)
             daemon.run()
     status = daemon.status()
     with suppress(OSError):  # the terminal may be gone by now

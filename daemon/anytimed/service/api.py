@@ -1,18 +1,22 @@
 """What can be asked of a running daemon, over HTTP.
 
     GET  /healthz   200 while the loop goes round, 503 where it has not for `HEALTHY_S`
-    GET  /readyz    200 while it trains or waits for data, 503 while it stops
-    GET  /status    everything it says of itself, as JSON
+    GET  /readyz    200 while it trains, waits for data or is paused, 503 while it stops
+    GET  /status    everything it says of itself, as JSON (`status`)
     GET  /metrics   the same figures for Prometheus (`exposition`)
+    GET  /events    what happens, as it happens: server-sent events (`bulletin`)
+    GET  /openapi.json  this list, for programs (`openapi`)
     POST /export    publish x now; the answer comes when it is published
     POST /commit    write the resumable state now; the answer comes when it is durable
     POST /reload    take the configuration file anew: all of the change, or none and the reason
+    POST /pause     take no more steps; what was trained is committed
+    POST /resume    go on
     POST /foresee   a configuration, as `Config.to_json`: what a reload would make of it; nothing is changed
     POST /records   an application's own data (`records`)
 
 Every handler reads the last status or posts a request to the loop and waits; nothing here touches the training. An
 error answers {"error": …}: 422 for a mistake in the configuration, 503 for what may be tried again, 504 where the
-answer took too long and what was asked for goes on.
+answer took too long and what was asked for goes on. Over TCP there is more to it (`access`).
 """
 
 from __future__ import annotations
@@ -26,15 +30,17 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Json
 from anytimed.service import exposition
+from anytimed.service.bulletin import KINDS, Bulletin
 from anytimed.service.inboxes import Inboxes
+from anytimed.service.openapi import description
 from anytimed.service.records import Records
-from anytimed.service.requests import Commit, Export, Mailbox, Reload, Request
+from anytimed.service.requests import Commit, Export, Mailbox, Pause, Reload, Request, Resume
 from anytimed.storage.strangers import parse
 from anytimed.urls import told
 
@@ -43,7 +49,7 @@ WAIT_S = 600.0
 HEALTHY_S = 1800.0
 """A step, an evaluation, a last commit or a compilation may take that long; systemd's watchdog is for the shorter."""
 BODY_S, MOST_BODY_BYTES = 10.0, 1 << 20
-READY = ("training", "waiting for data")
+READY = ("training", "waiting for data", "paused")
 
 
 Foresee = Callable[[Config], Json]
@@ -60,17 +66,23 @@ class Api:
         idle_s: Callable[[], float],
         foresee: Foresee,
         inboxes: Inboxes,
+        bulletin: Bulletin,
     ) -> None:
         self._mailbox, self._status, self._idle_s, self._foreseen = mailbox, status, idle_s, foresee
+        self._bulletin = bulletin
         self.app = Starlette(
             routes=[
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
                 Route("/status", self._get_status),
                 Route("/metrics", self._metrics),
+                Route("/events", self._events),
+                Route("/openapi.json", self._openapi),
                 Route("/export", self._asking(Export), methods=["POST"]),
                 Route("/commit", self._asking(Commit), methods=["POST"]),
                 Route("/reload", self._asking(Reload), methods=["POST"]),
+                Route("/pause", self._asking(Pause), methods=["POST"]),
+                Route("/resume", self._asking(Resume), methods=["POST"]),
                 Route("/foresee", self._foresee, methods=["POST"]),
                 Route("/records", Records(inboxes).post, methods=["POST"]),
             ]
@@ -89,6 +101,25 @@ class Api:
 
     async def _metrics(self, _: HttpRequest) -> Response:
         return Response(exposition.exposed(self._status()), media_type=exposition.CONTENT_TYPE)
+
+    async def _events(self, request: HttpRequest) -> Response:
+        asked = request.query_params.get("kinds")
+        kinds = KINDS if asked is None else tuple(dict.fromkeys(asked.split(",")))
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
+            return JSONResponse(
+                {"error": f"kinds: found {told(unknown[0])[:80]!r}, known are {', '.join(KINDS)}"}, status_code=400
+            )
+        if self._bulletin.crowded:
+            return JSONResponse({"error": "as many listen as may; try again later"}, status_code=503)
+        after = request.headers.get("last-event-id") or request.query_params.get("after")
+        return StreamingResponse(
+            self._bulletin.listen(kinds, after),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    async def _openapi(self, _: HttpRequest) -> JSONResponse:
+        return JSONResponse(description())
 
     async def _foresee(self, request: HttpRequest) -> JSONResponse:
         try:

@@ -7,28 +7,39 @@ threads that answer questions.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
 
 from anytimed.contracts import Evaluation, Json, StepReport
+from anytimed.service.bulletin import Bulletin
 from anytimed.service.console import View, line
 from anytimed.service.keeper import Keeper
 from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.requests import Verified
 from anytimed.service.session import Session
-from anytimed.service.systemd import Systemd
+from anytimed.service.status import STATUS_FORMAT
+from anytimed.service.systemd import Systemd, unit
 from anytimed.urls import told, without_credentials
 
 log = logging.getLogger("anytimed")
+
+VERSION: Final = version("anytimed")
+USAGE_EVERY_S = 5.0
 
 
 class Board:
     """The figures of one run. Losses are in nats per token, times in seconds since 1970."""
 
-    def __init__(self, session: Session, view: View, systemd: Systemd, outbox: Outbox, keeper: Keeper) -> None:
-        self._session, self._view, self._systemd = session, view, systemd
+    def __init__(
+        self, session: Session, view: View, systemd: Systemd, outbox: Outbox, keeper: Keeper, bulletin: Bulletin
+    ) -> None:
+        self._session, self._view, self._systemd, self._bulletin = session, view, systemd, bulletin
         self._outbox, self._keeper = outbox, keeper
         self._metrics = Metrics(session.run.metrics, session.run.status)
         self._mark = (time.monotonic(), session.learner.tokens)
@@ -38,16 +49,29 @@ class Board:
         self.state = "starting"
         self.reason = ""
         self.evaluation: Evaluation | None = session.evaluation
-        self.commit: Json | None = session.resumed
+        resumed = session.resumed
+        self.commit: Json | None = resumed and {key: resumed[key] for key in ("step", "path", "time")}
         self.verification: Json | None = None
         self.mirrored: Json | None = None
         self.export: Json | None = session.published
         self.problems: dict[str, str] = dict(session.problems)
         self.reload: Json | None = None
         self._configured = self._began
+        self.listen: str | None = None
+        self._unit = unit()
+        self._events = 0
+        self._decided = session.decisions.counts()
+        self._used: Json | None = None
+        self._usage_from = 0.0
         self.last = self._status()
 
     # --- what the loop notes
+
+    def started(self) -> None:
+        """It is ready."""
+        session = self._session
+        at = f"went on from the commit of step {session.resumed['step']}" if session.resumed else "began"
+        self.event("started", f"started on {session.learner.device}, {at}", resumed=session.resumed)
 
     def stepped(self, reports: Sequence[StepReport]) -> None:
         """Losses and speed since the last call; skipped steps have no loss."""
@@ -59,7 +83,7 @@ class Board:
         now = time.monotonic()
         self._speed = (learner.tokens - self._mark[1]) / max(now - self._mark[0], 1e-9)
         self._mark = (now, learner.tokens)
-        self._metrics.write(
+        self._record(
             "step",
             step=learner.step_count,
             tokens=learner.tokens,
@@ -75,7 +99,9 @@ class Board:
         """A new evaluation, None where nothing is held out yet."""
         if evaluation is not None:
             self.evaluation = evaluation
-            self._metrics.write("evaluation", **evaluation.to_json(), **self._session.learner.metrics())
+            learner, told = self._session.learner, evaluation.to_json()
+            told["holdout_tokens"] = told.pop("tokens")
+            self._record("evaluation", **told, tokens=learner.tokens, **learner.metrics())
         self.paused()
 
     def paused(self) -> None:
@@ -84,7 +110,36 @@ class Board:
 
     def decided(self, entry: Json) -> None:
         """Something was decided about the training: an event."""
-        self._metrics.write("event", what=entry["kind"], **{key: v for key, v in entry.items() if key != "kind"})
+        rest = {key: value for key, value in entry.items() if key != "kind"}
+        self._decided[entry["kind"]] = self._decided.get(entry["kind"], 0) + 1
+        self.event(entry["kind"], decision(entry), **rest)
+
+    def event(self, what: str, sentence: str, **fields: Any) -> None:
+        """Something happened that people may want to know of later. sentence: for them; fields: for programs."""
+        learner = self._session.learner
+        self._events += 1
+        self._record("event", **{
+            "what": what, "id": f"{self._session.run.term}-{self._events}", "told": told(sentence),
+            "step": learner.step_count, "tokens": learner.tokens, **fields,
+        })  # fmt: skip
+
+    def committed(self, step: int, path: Path) -> Json:
+        """A commit is durable; what the status says of it."""
+        self.commit = {"step": step, "path": str(path), "time": time.time()}
+        log.info("committed step %d: %s", step, path)
+        self.event("commit", f"committed step {step}", step=step, path=str(path))
+        return self.commit
+
+    def mirrored_one(self, step: int, ident: str) -> None:
+        """The mirror holds a commit."""
+        self.mirrored = {"step": step, "id": ident, "time": time.time()}
+        self.event("mirrored", f"mirrored the commit of step {step}", step=step, commit=ident)
+
+    def exported(self, step: int, checkpoint: str, url: str) -> None:
+        """A checkpoint is published."""
+        self.export = {"step": step, "checkpoint": checkpoint, "time": time.time()}
+        log.info("exported step %d: %s/checkpoints/%s", step, url, checkpoint)
+        self.event("export", f"published {checkpoint}", step=step, checkpoint=checkpoint)
 
     def verified(self, done: Verified) -> None:
         """What reading the commits again has found."""
@@ -107,6 +162,8 @@ class Board:
     def reloaded(self, changed: Sequence[str] = (), error: str | None = None) -> None:
         """The configuration was taken anew, and what of it has changed; or not, and why."""
         self.problem("reload", error)
+        if error is None:
+            self.event("reload", f"reloaded: {', '.join(changed) or 'nothing has changed'}", changed=list(changed))
         self.reload = {"time": time.time(), "changed": list(changed), "error": None if error is None else told(error)}
         if error is None:
             self._configured = self.reload["time"]
@@ -114,18 +171,25 @@ class Board:
     def problem(self, key: str, text: str | None) -> None:
         """Note that something is degraded, or (None) well again; logged when it changes."""
         if text is None:
-            self.problems.pop(key, None)
+            if self.problems.pop(key, None) is not None:
+                self.event("recovered", f"{key}: well again", problem=key)
         elif self.problems.get(key) != text:
             log.warning("%s", text)
+            new = key not in self.problems
             self.problems[key] = text
+            if new:  # one that says the same in other words, as a growing age, is still the same trouble
+                self.event("degraded", text, problem=key)
 
     # --- what it tells
 
     def tell(self, state: str, *, always: bool = False) -> None:
         """Refresh every view. `always`: also where log lines would be too close together."""
         if state != self.state:
-            self.state, self.since = state, time.time()
+            before, self.state, self.since = self.state, state, time.time()
+            why = f": {self.reason}" if self.reason else ""
+            self.event("state", f"{state}{why}", state=state, before=before)
         self.last = self._status()
+        self._bulletin.show(self.last)
         self._view.show(self.last, always)
         self._systemd.notify(f"STATUS={line(self.last, time.time())}")
         self._metrics.show(self.last)
@@ -135,6 +199,8 @@ class Board:
         config, run, learner, reading = session.parts.config, session.run, session.learner, session.reader.status()
         failing = (self._metrics.failed, session.quarantine.failed, reading["undecided"], *_ailing(reading["sources"]))
         return {
+            "format": STATUS_FORMAT,
+            "version": VERSION,
             "state": self.state,
             "since": self.since,
             "reason": told(self.reason),
@@ -142,13 +208,17 @@ class Board:
             "run_id": run.run_id,
             "term": run.term,
             "pid": os.getpid(),
+            "unit": self._unit,
+            "listen": self.listen,
             "directory": str(run.path),
+            "config": str(config.path.absolute()),
             "device": str(learner.device),
             "step": learner.step_count,
             "tokens": learner.tokens,
             "tokens_per_s": self._speed,
             "loss": self._loss,
             "skipped": learner.skipped,
+            "interventions": dict(self._decided),
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
             "commit": self.commit,
             "last_commit_age_s": time.time() - (self.commit["time"] if self.commit else self._began),
@@ -157,14 +227,30 @@ class Board:
             "mirror": self._mirror(),
             "export": self.export,
             "upload": self._outbox.upload,
+            "spooled": self._outbox.spooled,
             "exports_url": without_credentials(config.exports.url),
             "reload": self.reload,
             "configured": self._configured,
             "store": self._keeper.status(),
             "sources": reading["sources"],
             "batches_ready": reading["ready"],
+            "disk": _disk(run.path),
+            "accelerator": self._usage(),
             "time": time.time(),
         }
+
+    def _record(self, kind: str, **values: Any) -> None:
+        """One record, for metrics.jsonl and for who listens."""
+        record = {"kind": kind, "time": round(time.time(), 3), **{key: _finite(value) for key, value in values.items()}}
+        self._metrics.write(kind, **values)
+        self._bulletin.post(record)
+
+    def _usage(self) -> Json | None:
+        """The accelerator's, asked every few seconds: the driver takes a moment."""
+        now = time.monotonic()
+        if now >= self._usage_from:
+            self._used, self._usage_from = self._session.learner.device.usage(), now + USAGE_EVERY_S
+        return self._used
 
     def _mirror(self) -> Json | None:
         """The commit that the mirror holds since this start, and how old it is; None without a mirror."""
@@ -173,6 +259,41 @@ class Board:
             return None
         since = self.mirrored["time"] if self.mirrored else self._began
         return {"url": mirror.url, "commit": self.mirrored, "last_mirrored_age_s": time.time() - since}
+
+
+def decision(entry: Json) -> str:
+    """A sentence about an entry of the journal about the training."""
+    match entry["kind"]:
+        case "forget":
+            losses = f"{entry['loss_y']:.4f}, {entry['loss_x']:.4f}"
+            return f"y did better than x on the hold-out ({losses}): x forgets half of what it averages over"
+        case "rollback":
+            first, last = entry["first_batch"], entry["last_batch"]
+            return f"{entry['why']}: back to step {entry['to_step']}, and around batches {first} to {last}"
+        case "jump":
+            return f"batches {entry['first_batch']} to {entry['last_batch']} are passed over: {entry.get('why', '')}"
+        case "evaluations":
+            return f"evaluated every {entry['every_steps']} steps from here on"
+        case "skipped":
+            return f"step {entry['step']} was not finite, and changed nothing"
+        case "spike":
+            return f"the loss spiked at step {entry['step']}"
+    return str(entry["kind"])
+
+
+def _disk(path: Path) -> Json | None:
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return {"free_bytes": found.f_bavail * found.f_frsize, "total_bytes": found.f_blocks * found.f_frsize}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and Inf: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ailing(sources: Json) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 from anytimed.contracts import Journal, Json
@@ -45,6 +46,10 @@ class Decisions:
     def interventions(self, step: int) -> list[Json]:
         """The newest that concern a checkpoint of this step."""
         return [entry for entry in self._entries if entry["step"] <= step][-TOLD:]
+
+    def counts(self) -> dict[str, int]:
+        """How many there were of each kind."""
+        return dict(sorted(Counter(entry["kind"] for entry in self._entries).items()))
 
     def jumped(self, batch: int) -> bool:
         """Whether a batch, by its number, is passed over. Asked at every step."""

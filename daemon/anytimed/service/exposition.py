@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from anytimed.contracts import Json
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
-STATES: Final = ("starting", "training", "waiting for data", "stopping", "stopped")
+STATES: Final = ("starting", "training", "waiting for data", "paused", "stopping", "stopped")
 
 _SOURCE_COUNTS: Final = {
     "records": "Records that were trained on.",

@@ -1,8 +1,8 @@
 """The loop: a state machine on one screen, and what each request does to it.
 
 In order: `Daemon.run` matches the state; `_train` takes a batch, steps, adopts the batch's Position, and does what the
-step number makes due; `_wait` is the healthy state of a dry stream; `_stop` commits and drains. Then what is due, and
-the requests. Everything here runs in the main thread; other threads only post.
+step number makes due; `_wait` is the healthy state of a dry stream, `_pause` that of a request; `_stop` commits and
+drains. Then what is due, and the requests. Everything here runs in the main thread; other threads only post.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from anytimed.config import Config
 from anytimed.contracts import AnytimedError, Batch, Json, Snapshot
 from anytimed.data.pipeline import Dry
 from anytimed.service import requests
+from anytimed.service.access import Guarded
 from anytimed.service.api import Api
 from anytimed.service.board import Board
+from anytimed.service.bulletin import Bulletin
 from anytimed.service.console import View
 from anytimed.service.control import Control
 from anytimed.service.failures import TrainingFailed
@@ -44,19 +46,32 @@ POLL_S = 0.5
 COMPILE_S = 1800.0
 LAST_COMMIT_S = 600.0
 START_S = 600.0
+LAST_WORDS_S = 1.0
+"""What a process needs to end, of the time that it has to live."""
 
 
 class State(enum.Enum):
     TRAINING = "training"
     WAITING = "waiting for data"
+    PAUSED = "paused"
     STOPPING = "stopping"
     STOPPED = "stopped"
 
 
 class Daemon:
-    """One run of the service, from a recovered session to the exit. `steps` ends it once the run has that many."""
+    """One run of the service, from a recovered session to the exit. `steps` ends it once the run has that many; `token`
+    lets who has it change things over TCP."""
 
-    def __init__(self, session: Session, mailbox: Mailbox, view: View, *, steps: int | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        mailbox: Mailbox,
+        view: View,
+        *,
+        steps: int | None = None,
+        systemd: Systemd | None = None,
+        token: str | None = None,
+    ) -> None:
         self._session, self._mailbox, self._view, self._limit = session, mailbox, view, steps
         self._config = session.parts.config
         self._learner, self._reader = session.learner, session.reader
@@ -64,8 +79,10 @@ class Daemon:
         self._parent = session.parent
         self._state = State.TRAINING
         self._span: Span | None = None
+        self._unpaused = (State.TRAINING, "")
+        self._asked_to_stop = 0.0
         self._give_up = self._hung_up = False
-        self._systemd = Systemd()
+        self._systemd = systemd or Systemd()
         self._gate = Gatekeeper(session.standing, session.served)
         self._url = without_credentials(self._config.exports.url)
         exports, run = self._config.exports, session.run
@@ -74,14 +91,16 @@ class Daemon:
         )
         self._outbox = Outbox(session.spool, session.publisher, self._keeper, mailbox.post, self._url, session.parent)
         self._keeper.on_held, self._outbox.keeps = self._outbox.wake, self._gate.keeps
-        self._board = Board(session, view, self._systemd, self._outbox, self._keeper)
+        bulletin = Bulletin()
+        self._board = Board(session, view, self._systemd, self._outbox, self._keeper, bulletin)
         self._saving = Saving(session, self._config.commits, self._board, mailbox.post, self._snapshot)
         state = session.commit.state["steering"] if session.commit is not None else None
         self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
         self._inboxes = Inboxes(lambda: self._config, mailbox.post)
-        api = Api(mailbox, self.status, self._systemd.idle_s, self._foresee, self._inboxes)
-        self._control = Control(session.run.control_socket, api.app)
+        api = Api(mailbox, self.status, self._systemd.idle_s, self._foresee, self._inboxes, bulletin)
+        listen = self._config.control.listen
+        self._control = Control(session.run.control_socket, Guarded(api.app, token), listen, bulletin.close)
 
     def status(self) -> Json:
         """The last status told, as JSON; any thread may ask."""
@@ -98,12 +117,14 @@ class Daemon:
         directory stays the caller's to release."""
         if self._config.run.compile:
             log.info("compiling the model; this can take minutes")
-            self._systemd.extend(COMPILE_S)
+            self._systemd.phase("starting: compiling the model", COMPILE_S)
             self._learner.compile_now(self._config.data.batch_size)
         self._timetable.apply(self._config)
         for part in (self._reader, self._keeper, self._outbox, self._saving, self._timetable, self._control):
             part.start()
+        self._board.listen = self._control.listens
         self._session.failures.watch()
+        self._board.started()
         self._systemd.notify("READY=1")
         self._tell(always=True)
         try:
@@ -114,6 +135,8 @@ class Daemon:
                         self._state = self._train()
                     case State.WAITING:
                         self._state = self._wait()
+                    case State.PAUSED:
+                        self._state = self._pause()
                     case State.STOPPING:
                         self._state = self._stop()
         except TrainingFailed:
@@ -159,14 +182,24 @@ class Daemon:
             return State.TRAINING
         return State.WAITING
 
+    def _pause(self) -> State:
+        """Healthy too: everything is answered and told, no step is taken."""
+        self._drain(POLL_S)
+        self._systemd.ping()
+        self._tell()
+        return self._state
+
     def _stop(self) -> State:
         """Commit first, then upload what waits, until the deadline or a second signal."""
         self._systemd.notify("STOPPING=1")
         self._systemd.extend(LAST_COMMIT_S + self._config.exports.drain_s)
+        self._tell()
         self._inboxes.close()
-        self._reader.close()
         self._final_commit()
+        self._reader.close()
         deadline = time.monotonic() + self._config.exports.drain_s
+        if (within := self._config.run.stop_within_s) is not None:
+            deadline = min(deadline, self._asked_to_stop + within - LAST_WORDS_S)
         while not ((self._outbox.idle and self._saving.mirrored) or self._give_up) and time.monotonic() < deadline:
             self._drain(0.05)
             self._tell()
@@ -279,9 +312,19 @@ class Daemon:
             case requests.Stop(why) if self._state is State.STOPPING:
                 log.warning("%s again: giving up the uploads; the commit stays", why)
                 self._give_up = True
-            case requests.Stop(why):
+            case requests.Stop(why, at):
                 log.info("%s: stopping", why)
-                self._state = State.STOPPING
+                self._state, self._asked_to_stop = State.STOPPING, at
+            case requests.Pause(reply):
+                self._pause_now()
+                self._reply_state(reply)
+            case requests.Resume(reply):
+                if self._state is State.PAUSED:
+                    log.info("resumed by request")
+                    self._state, self._board.reason = self._unpaused
+                    self._board.paused()
+                    self._tell()
+                self._reply_state(reply)
             case requests.Reload(reply):
                 if reply is not None or not self._terminal_gone():
                     self._reload(reply)
@@ -301,7 +344,7 @@ class Daemon:
             case requests.Verify():
                 self._saving.verify()
             case requests.Committed():
-                self._saving.committed(request, waiting=self._state is State.WAITING)
+                self._saving.committed(request, waiting=self._state in (State.WAITING, State.PAUSED))
                 if (oldest := self._session.oldest_position()) is not None:
                     self._reader.acknowledge(oldest, tell=self._config.commits.acknowledge)
                 self._tell()
@@ -319,6 +362,20 @@ class Daemon:
                     raise refused
             case requests.Crashed(crash):
                 raise crash
+
+    def _pause_now(self) -> None:
+        """Take no more steps, and commit those that were taken: a pause may be long."""
+        if self._state not in (State.TRAINING, State.WAITING):
+            return
+        log.info("paused by request at step %d", self._learner.step_count)
+        self._unpaused, self._state = (self._state, self._board.reason), State.PAUSED
+        self._board.reason = "asked to pause; `anytimed resume` goes on, and so does a restart"
+        self._report()
+        self._saving.begin()
+
+    def _reply_state(self, reply: Future[dict[str, Any]] | None) -> None:
+        if reply is not None:
+            reply.set_result({"state": self._state.value, "step": self._learner.step_count})
 
     def _reload(self, reply: Future[dict[str, Any]] | None = None) -> None:
         before = self._session.parts
@@ -360,8 +417,8 @@ class Daemon:
             self._parent = done.checkpoint
             self._gate.published(done)
             self._outbox.keeps = self._gate.keeps
-            self._board.export = {"step": done.step, "checkpoint": done.checkpoint, "time": time.time()}
-            log.info("exported step %d: %s/checkpoints/%s", done.step, self._url, done.checkpoint)
+            if done.step is not None and done.checkpoint is not None:
+                self._board.exported(done.step, done.checkpoint, self._url)
             self._mailbox.post(requests.Retain())
         self._tell()
 

@@ -37,6 +37,8 @@ Needs = Callable[[Commit], tuple[int, str]]
 """Entries of the journal's data scope that a commit was made after, and their digest."""
 
 SCOPE = "data"
+FETCH_S = 600.0
+"""A transfer that stands still for longer is given up by who started the daemon."""
 TELL_EVERY_S = 5.0
 START_S = 10.0
 """Budget of one request while a start looks at a store: a dead one must not keep a good local commit waiting."""
@@ -57,8 +59,10 @@ class Origin:
 class Sources:
     """The local run directory, which is ours, and its mirror, if the configuration names one."""
 
-    def __init__(self, run: RunDirectory, table: CommitsTable) -> None:
-        self._run = run
+    def __init__(
+        self, run: RunDirectory, table: CommitsTable, tell: Callable[[str, float], None] = lambda what, seconds: None
+    ) -> None:
+        self._run, self._tell = run, tell
         self._seen: Seen | None = None
         self._store: Store | None = None
         self._mirror: Mirror | None = None
@@ -178,7 +182,7 @@ class Sources:
             try:
                 with self._journal_of(manifest) as put_in_place:
                     # Before the commit: one whose decisions are missing would replay others.
-                    fetch_commit(self._store, manifest, commits, _telling(), before=put_in_place)
+                    fetch_commit(self._store, manifest, commits, _telling(self._tell), before=put_in_place)
             except (CorruptError, MissingKey) as error:
                 log.warning("rejected a commit in the mirror: %s", error)
                 self._rejected.append(str(error))
@@ -239,8 +243,8 @@ class _JournalPlace:
         log.info("took the journal, %d bytes, from the mirror %s", self._manifest.journal_bytes, self._url)
 
 
-def _telling() -> Callable[[int, int], None]:
-    """Says every few seconds how far a transfer has come."""
+def _telling(announce: Callable[[str, float], None]) -> Callable[[int, int], None]:
+    """Says every few seconds how far a transfer has come, and asks for the time of the next part."""
     told = time.monotonic()
 
     def tell(done: int, total: int) -> None:
@@ -248,6 +252,7 @@ def _telling() -> Callable[[int, int], None]:
         if time.monotonic() - told > TELL_EVERY_S:
             told = time.monotonic()
             log.info("fetched %s of %s", size(done), size(total))
+            announce(f"starting: fetched {size(done)} of {size(total)} of the newest commit", FETCH_S)
 
     return tell
 

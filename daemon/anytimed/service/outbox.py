@@ -93,6 +93,11 @@ class Outbox:
             return not (self._busy or self._make or self._waiting)
 
     @property
+    def spooled(self) -> int:
+        """Exports that are built, or about to be, and wait for the store."""
+        return int(self._waiting) + int(self._make is not None)
+
+    @property
     def upload(self) -> Json | None:
         """The upload that is under way, with its rate and the time left; None where there is none."""
         upload = self._upload

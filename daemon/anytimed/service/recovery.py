@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -42,22 +43,31 @@ from anytimed.training.device import Device
 
 log = logging.getLogger("anytimed")
 
+Tell = Callable[[str, float], None]
+START_ALLOWANCE_S = 600.0
+SLOWEST_BYTES_PER_S = 50e6
+"""A disk that reads its commits more slowly than that is as good as one that hangs."""
 
-def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Session:
+
+def recover(
+    config: Config, run: RunDirectory, *, fresh: bool = False, tell: Tell = lambda what, seconds: None
+) -> Session:
     """Bring the run in a directory that is ours back to its newest commit, or begin it.
 
     `fresh`: the directory is not ours yet; what is in it is moved aside once the configuration is known to be good,
-    and a new run is acquired. The caller releases `run` in any case. Raises ConfigError where the configuration is
+    and a new run is acquired. `tell`: gets what begins now, and how many seconds it may take. The caller releases `run`
+    in any case. Raises ConfigError where the configuration is
     wrong or does not fit the commit, Refused where another writer holds the run, no commit verifies, or data that was
     read has changed.
     """
+    tell("starting: reading the configuration", START_ALLOWANCE_S)
     parts = parts_of(config)
     if fresh:
         aside = run.start_fresh()
         if aside is not None:
             log.info("--fresh: the old run is in %s", aside)
         run.acquire()
-    sources = Sources(run, config.commits)
+    sources = Sources(run, config.commits, tell)
     sources.identify(fresh=fresh)
     problems: dict[str, str] = {}
     store = Store(config.exports.url, config.exports.storage_options, deadline_s=config.exports.deadline_s)
@@ -76,6 +86,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         problems["export"] = str(error)
         log.warning("%s; training goes on, exports wait", error)
 
+    reading_s = START_ALLOWANCE_S + run.committed_bytes() / SLOWEST_BYTES_PER_S
+    tell("starting: reading and verifying the commits", reading_s)
     origin, decisions = _newest(sources, fresh)
     commits, journal, commit = origin.commits, origin.journal, origin.commit
     if origin.problem is not None:
@@ -92,6 +104,8 @@ def recover(config: Config, run: RunDirectory, *, fresh: bool = False) -> Sessio
         precision=config.run.precision,
         deterministic=config.run.deterministic,
     )
+    at = f"step {commit.manifest.step}" if commit is not None else "the beginning"
+    tell(f"starting: going on from {at}", reading_s)
     learner = learner_of(parts, device)
     if commit is None and config.model.init_from is not None:
         with tempfile.TemporaryDirectory(prefix=".tmp-init-", dir=run.path) as cache:

@@ -7,6 +7,7 @@ any moment."""
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,9 +22,25 @@ from anytimed.storage.mirror_manifest import MirrorManifest
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Commit, drain the uploads, end. A second one gives up the uploads, never the commit."""
+    """Commit, drain the uploads, end. A second one gives up the uploads, never the commit. `at`: when it was asked
+    for, by the monotonic clock."""
 
     why: str
+    at: float = field(default_factory=time.monotonic, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Take no more steps until `Resume`, or another start. `reply` gets the state and the step."""
+
+    reply: Future[dict[str, Any]] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on after a `Pause`. `reply` gets the state and the step."""
+
+    reply: Future[dict[str, Any]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +137,8 @@ class Crashed:
 
 Request = (
     Stop
+    | Pause
+    | Resume
     | Reload
     | Commit
     | Export

@@ -141,10 +141,8 @@ class Saving:
         self._owed = max(self._owed - 1, int(newer and waiting))
         if not self._owed:
             self._board.problem("verification", None)
-        self._board.commit = {"step": done.step, "path": str(done.commit.path), "time": time.time()}
-        self._answer(self._board.commit)
+        self._answer(self._board.committed(done.step, done.commit.path))
         self._owed = max(self._owed, int(bool(self._asked)))  # this one was in flight when they asked
-        log.info("committed step %d: %s", done.step, done.commit.path)
         self._mirror(done.commit)
 
     def verified(self, done: Verified) -> None:
@@ -158,7 +156,7 @@ class Saving:
             raise done.refused
         self._board.problem("mirror", done.error)
         if done.manifest is not None:
-            self._board.mirrored = {"step": done.manifest.step, "id": str(done.manifest.id), "time": time.time()}
+            self._board.mirrored_one(done.manifest.step, str(done.manifest.id))
 
     # --- within
 

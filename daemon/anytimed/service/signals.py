@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 
 from anytimed.service.requests import Export, Mailbox, Reload, Request, Stop
 
-MEANING: dict[signal.Signals, Request] = {
-    signal.SIGTERM: Stop("SIGTERM"),
-    signal.SIGINT: Stop("SIGINT"),
-    signal.SIGHUP: Reload(),
-    signal.SIGUSR1: Export(),
+MEANING: dict[signal.Signals, Callable[[], Request]] = {
+    signal.SIGTERM: partial(Stop, "SIGTERM"),
+    signal.SIGINT: partial(Stop, "SIGINT"),
+    signal.SIGHUP: Reload,
+    signal.SIGUSR1: Export,
 }
 
 
@@ -22,7 +23,7 @@ def posted_to(mailbox: Mailbox) -> Iterator[None]:
     """Handle the signals of `MEANING` while inside; what was installed before comes back after. Main thread only."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        mailbox.post(MEANING[signal.Signals(number)])
+        mailbox.post(MEANING[signal.Signals(number)]())
 
     before = {number: signal.signal(number, handler) for number in MEANING}
     try:

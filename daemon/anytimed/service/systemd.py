@@ -9,6 +9,10 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from anytimed.contracts import Json
 
 
 class Systemd:
@@ -49,3 +53,26 @@ class Systemd:
     def extend(self, seconds: float) -> None:
         """Ask for a longer allowance than the unit gives, for a load, a compilation or the last commit."""
         self.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", "WATCHDOG=1")
+
+    def phase(self, what: str, seconds: float) -> None:
+        """Say what it does now, before it is ready, and how long that may take."""
+        self.notify(f"STATUS={what}", f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", "WATCHDOG=1")
+
+
+def unit(environment: Mapping[str, str] = os.environ, cgroups: Path = Path("/proc/self/cgroup")) -> Json | None:
+    """The unit that this process runs as: {"name", "user"}; None where systemd has not started it."""
+    if "INVOCATION_ID" not in environment:
+        return None
+    try:
+        lines = cgroups.read_text().splitlines()
+    except OSError:
+        return None
+    # Unified (0::) or systemd's own hierarchy; the innermost service is the unit.
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0" or controllers == "name=systemd":
+            names = path.split("/")
+            services = [name for name in names if name.endswith(".service") and not name.startswith("user@")]
+            if services:
+                return {"name": services[-1], "user": any(name.startswith("user@") for name in names)}
+    return None

@@ -77,6 +77,14 @@ class RunDirectory:
     def commits(self) -> Path:
         return self.path / "commits"
 
+    def committed_bytes(self) -> int:
+        """What a start may have to read: the size of all that lies among the commits."""
+        sizes = (entry.stat().st_size for entry in self.commits.glob("*/*") if entry.is_file())
+        try:
+            return sum(sizes)
+        except OSError:  # retention, or a stranger, was quicker
+            return 0
+
     @property
     def spool(self) -> Path:
         return self.path / "spool"

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anytimed.contracts import ConfigError, HostTensor
+from anytimed.contracts import ConfigError, HostTensor, Json
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -138,6 +138,22 @@ class Device:
         torch.set_rng_state(states["rng.cpu"])
         if self.is_cuda and "rng.cuda" in states:
             torch.cuda.set_rng_state(states["rng.cuda"], self.torch_device)
+
+    def usage(self) -> Json | None:
+        """How full the device is, and how busy; None on a CPU. Asks the driver, not the device's queue."""
+        if not self.is_cuda:
+            return None
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        busy: float | None = None
+        # Without nvidia-ml-py, or a driver that tells it, it is not known; its errors derive from Exception alone.
+        with contextlib.suppress(Exception):
+            busy = torch.cuda.utilization(self.torch_device) / 100
+        return {
+            "name": torch.cuda.get_device_name(self.torch_device),
+            "memory_used_bytes": total - free,
+            "memory_total_bytes": total,
+            "utilisation": busy,
+        }
 
     def facts(self) -> dict[str, str | int]:
         """What has to be the same for a resume to be bit for bit; stored in the commit, compared by name at the
