@@ -422,3 +422,24 @@ def test_an_x_ruined_between_evaluations_does_not_lower_the_bar(tmp_path: Path) 
     told = tiny.run("run", tiny.config(tmp_path, **often, optimizer={"lr": 50.0, "aux_lr": 50.0}), "--steps", "130")
     assert "worse by more than 0.5 nats" in told, told
     assert json.loads((tmp_path / "published" / "latest.json").read_text())["step"] < 80
+
+
+def test_a_machine_that_is_taken_away_commits_first_and_ends_in_time(tmp_path: Path) -> None:
+    """The store does not answer, and a stop would wait for it for a minute; there are three seconds to live."""
+    tiny.write_text(tmp_path / "data", 400)
+    (tmp_path / "blocked").write_text("a file where the store's folder should be")
+    config = tiny.config(
+        tmp_path, run={"stop_within_s": 3.0}, commits={"every_steps": None, "every_s": 1000.0},
+        exports={"url": str(tmp_path / "blocked" / "published"), "drain_s": 60.0},
+    )  # fmt: skip
+    with running(config) as process:
+        until(process, lambda: status(tmp_path)["step"] >= 20 and status(tmp_path)["spooled"] > 0)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        took = time.monotonic() - began
+    assert process.returncode == 0, output
+    assert took < 30, took  # three seconds, and what a busy machine adds
+    assert "not everything is published; the spool keeps it" in output
+    stopped = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert stopped["commit"]["step"] == stopped["step"] > 0 and stopped["state"] == "stopped"
