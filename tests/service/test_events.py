@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import itertools
 import json
+import math
 import re
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from anytimed.contracts import Json
 from anytimed.service import bulletin as module
 from anytimed.service.bulletin import KEPT, KINDS, MOST_LISTENERS, Bulletin, later, order
+from anytimed.service.overview import BARS, Overview, sparkline
 from tests import tiny
 from tests.service.listening import asked, messages
 from tests.service.test_daemon import running, status, until
@@ -181,3 +189,106 @@ def test_a_daemon_tells_what_happens_and_pauses_when_asked(tmp_path: Path) -> No
     assert said == [record["id"] for record in from_first][: len(said)]
     assert len(from_first) - len(said) <= 3  # those of the end come as the socket closes
     assert {kind for kind, _, _ in kinds} == set(KINDS)
+    # The terminal's view of the same, with no daemon there.
+    told = [json.loads(line) for line in tiny.run("events", run, "--json", "-n", "3").splitlines()]
+    assert told == events[-3:]
+    only = tiny.run("events", run, "--only", "export", "--only", "reload", "-n", "2").splitlines()
+    assert len(only) == 2 and "reloaded: nothing has changed" in only[-1] and "reload" in only[-1]
+    assert "systemd has not started its daemon" in tiny.run("logs", run, expect=1)
+    assert "no daemon answers" in tiny.run("top", run, expect=1)
+
+
+def test_events_are_followed_over_a_restart(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 12)
+    config, run = tiny.config(tmp_path), tmp_path / "run"
+    with running(config) as process:
+        until(process, lambda: status(tmp_path)["state"] == "waiting for data")
+        with running_follower(run) as follower:
+            lines = iter(follower.stdout.readline, "")  # type: ignore[union-attr]
+            seen = [json.loads(line) for line in itertools.islice(lines, 1)]
+            tiny.run("commit", run)
+            process.kill()
+            process.wait()
+            with running(config) as again:
+                until(again, lambda: status(tmp_path)["state"] == "waiting for data")
+                for line in lines:
+                    seen.append(json.loads(line))
+                    if seen[-1]["id"].startswith("2-") and seen[-1].get("state") == "waiting for data":
+                        break
+            follower.send_signal(signal.SIGINT)
+            assert follower.wait(timeout=30) == 130
+    recorded = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events = [record["id"] for record in recorded if record["kind"] == "event"]
+    said = [event["id"] for event in seen]
+    assert said == events[events.index(said[0]) :][: len(said)]
+
+
+@contextlib.contextmanager
+def running_follower(run: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "anytimed.cli", "events", str(run), "--follow", "--json", "-n", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_line_of_bars_shows_where_the_values_went() -> None:
+    assert sparkline([], 10) == sparkline([math.nan], 10) == ""
+    assert sparkline([1.0], 10) == sparkline([5.0], 10) and len(sparkline([1.0], 10)) == 1
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == BARS
+    assert sparkline([0.0, math.inf, 7.0], 8) == BARS[0] + BARS[-1]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=300), st.integers(1, 80))
+def test_bars_fit_the_width(values: list[float], width: int) -> None:
+    line = sparkline(values, width)
+    assert len(line) == min(width, len(values)) and set(line) <= set(BARS)
+
+
+def test_the_overview_goes_on_from_the_history() -> None:
+    overview = Overview()
+    steps = {
+        "loss": [3.0, None, 2.0],
+        "tokens_per_s": [10.0, 10.0, 12_345.0],
+        "prequential": {"main": [3.0, None, 2.5]},
+    }
+    happened = [{"time": 900.0 + i, "what": "commit", "told": f"number {i} [bold]"} for i in range(20)]
+    overview.seed({
+        "steps": steps, "events": happened,
+        "evaluations": {"loss_x": [2.0], "loss_y": [2.5], "loss_z": [2.75]},
+    })  # fmt: skip
+    assert "waiting for a daemon" in drawn(overview)
+    overview.hear("status", {**STATUS, "state": "training"})
+    overview.hear("step", {"loss": 1.5, "tokens_per_s": 99.0, "prequential": {"new": 4.0}})
+    overview.hear("evaluation", {"loss_x": 1.25, "loss_y": 1.5, "loss_z": 1.75})
+    overview.hear("event", {"time": 990.0, "what": "export", "told": "published it"})
+    text = drawn(overview)
+    for found in (
+        "1.2500",
+        "1.5000",
+        "prequential new",
+        "4.0000",
+        "99",
+        "10 s ago",
+        "published it",
+        "number 19 [bold]",
+    ):
+        assert found in text, found
+    assert "number 3 " not in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+STATUS: Json = {
+    "config": "demo.toml", "state": "training", "since": 0.0, "reason": "", "step": 10, "tokens": 100,
+    "tokens_per_s": 5.0, "loss": 1.0, "evaluation": None, "commit": None, "export": None, "sources": {}, "skipped": 0,
+    "degraded": [],
+}  # fmt: skip
+
+
+def drawn(overview: Overview) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(overview.shown(100, 1000.0))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
