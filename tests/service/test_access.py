@@ -43,7 +43,7 @@ def test_tcp_reads_and_does_with_the_token_only(tmp_path: Path) -> None:
         ):  # fmt: skip
             assert asked(address, "GET", "/status", Host=host)[0] == code, host
         before = status(tmp_path)
-        posts = ("/export", "/commit", "/reload", "/pause", "/resume", "/foresee", "/records")
+        posts = ("/stop", "/export", "/commit", "/reload", "/pause", "/resume", "/foresee", "/records")
         for route in posts:
             for given in ({}, {"Authorization": f"Basic {TOKEN}"}, {"Authorization": f"Bearer {TOKEN}x"},
                           {"Authorization": "Bearer"}, {"Authorization": TOKEN}):  # fmt: skip

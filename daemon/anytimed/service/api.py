@@ -11,6 +11,7 @@
     POST /reload    take the configuration file anew: all of the change, or none and the reason
     POST /pause     take no more steps; what was trained is committed
     POST /resume    go on
+    POST /stop      commit, finish the uploads and end, as SIGTERM asks; answered at once
     POST /foresee   a configuration, as `Config.to_json`: what a reload would make of it; nothing is changed
     POST /records   an application's own data (`records`)
 
@@ -40,7 +41,7 @@ from anytimed.service.bulletin import KINDS, Bulletin
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.openapi import description
 from anytimed.service.records import Records
-from anytimed.service.requests import Commit, Export, Mailbox, Pause, Reload, Request, Resume
+from anytimed.service.requests import Commit, Export, Mailbox, Pause, Reload, Request, Resume, Stop
 from anytimed.storage.strangers import parse
 from anytimed.urls import told
 
@@ -83,6 +84,7 @@ class Api:
                 Route("/reload", self._asking(Reload), methods=["POST"]),
                 Route("/pause", self._asking(Pause), methods=["POST"]),
                 Route("/resume", self._asking(Resume), methods=["POST"]),
+                Route("/stop", self._stop, methods=["POST"]),
                 Route("/foresee", self._foresee, methods=["POST"]),
                 Route("/records", Records(inboxes).post, methods=["POST"]),
             ]
@@ -120,6 +122,11 @@ class Api:
 
     async def _openapi(self, _: HttpRequest) -> JSONResponse:
         return JSONResponse(description())
+
+    async def _stop(self, _: HttpRequest) -> JSONResponse:
+        self._mailbox.post(Stop("asked to"))
+        status = self._status()
+        return JSONResponse({"state": "stopping", "step": status["step"]}, status_code=202)
 
     async def _foresee(self, request: HttpRequest) -> JSONResponse:
         try:

@@ -49,6 +49,7 @@ def description() -> Json:
             }, also={"422": "It is wrong, or changes what only a restart can"}),
             "/pause": _post("Take no more steps, and commit", _STATE),
             "/resume": _post("Go on after a pause", _STATE),
+            "/stop": _stop(),
             "/foresee": _foresee(),
             "/records": _records(),
         },
@@ -109,6 +110,12 @@ def _events() -> Json:
         {"name": "Last-Event-ID", "in": "header", "schema": _TEXT, "description": "the same, as browsers send it"},
     ]
     return operation
+
+
+def _stop() -> Json:
+    found = _post("Commit, finish the uploads and end; answered at once", _STATE)
+    found["post"]["responses"]["202"] = found["post"]["responses"].pop("200")
+    return found
 
 
 def _foresee() -> Json:
