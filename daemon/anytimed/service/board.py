@@ -11,15 +11,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
-from anytimed.contracts import Evaluation, Json, StepReport
+from anytimed.config import Config
+from anytimed.contracts import Evaluation, Json, SinkRun, StepReport
 from anytimed.service.console import View, line
 from anytimed.service.keeper import Keeper
 from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.requests import Verified
 from anytimed.service.session import Session
+from anytimed.service.sinks import tables_of
 from anytimed.service.systemd import Systemd
-from anytimed.urls import told, without_credentials
+from anytimed.urls import public, told, without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -46,6 +48,21 @@ class Board:
         self.reload: Json | None = None
         self._configured = self._began
         self.last = self._status()
+
+    def start(self) -> None:
+        self._metrics.start()
+        self.follow(self._session.parts.config)
+
+    def follow(self, config: Config) -> None:
+        """Send the figures from now on to the trackers that the configuration names."""
+        learner, run, told = self._session.learner, self._session.run, public(config.model_dump(mode="json"))
+        where = SinkRun(
+            run.run_id, run.term, told, config.digest(), learner.step_count, learner.tokens, run.path / "sinks"
+        )
+        self._metrics.follow(tables_of(config), where)
+
+    def close(self) -> None:
+        self._metrics.close()
 
     # --- what the loop notes
 
@@ -163,6 +180,9 @@ class Board:
             "store": self._keeper.status(),
             "sources": reading["sources"],
             "batches_ready": reading["ready"],
+            "waiting_exports": self._outbox.waiting,
+            "disk": self._metrics.disk,
+            "sinks": self._metrics.sinks(),
             "time": time.time(),
         }
 

@@ -93,6 +93,11 @@ class Outbox:
             return not (self._busy or self._make or self._waiting)
 
     @property
+    def waiting(self) -> bool:
+        """Whether an export waits for the store."""
+        return self._waiting
+
+    @property
     def upload(self) -> Json | None:
         """The upload that is under way, with its rate and the time left; None where there is none."""
         upload = self._upload
