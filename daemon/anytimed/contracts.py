@@ -535,8 +535,12 @@ class Sink(Protocol):
     its own. Whatever it raises there is told in the status, and tried again with a new one, from the record that failed
     on; the training never waits for it."""
 
+    def check(self) -> str:
+        """For `anytimed check`, which opens nothing: a line that says where the figures would go. Raises AnytimedError
+        where it can be told already that they would not."""
+
     def open(self, run: SinkRun) -> None:
-        """Called once, first. May take as long as it has to."""
+        """Called once, before the first record. May take as long as it has to, and must not ask a person."""
 
     def write(self, record: Json) -> None:
         """One line of `metrics.jsonl`, in order; it may come again where something failed. Nobody may change it. `kind`

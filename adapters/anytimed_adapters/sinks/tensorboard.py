@@ -1,9 +1,10 @@
 """TensorBoard: event files, one for every opening, in a folder of the run.
 
-Two runs of TensorBoard: the folder itself over steps, `by_tokens` in it over tokens. Steps that are told again, after a
-kill or a rollback, supersede those told before: an entry that says so (a session's START at that step) has TensorBoard
-drop what it read from there on. The files are named by term and number, so that they are read in the order they were
-written whatever the clock said. Every write is whole when `write` returns: what the disk refuses is known at once.
+Three runs of TensorBoard: the folder itself over steps, `by_tokens` in it over tokens, `events` what was decided.
+Steps that are told again, after a kill or a rollback, supersede those told before: an entry that says so (a session's
+START at that step) has TensorBoard drop what it read from there on. The files are named by term and number, so that
+they are read in the order they were written whatever the clock said. Every write is whole when `write` returns: what
+the disk refuses is known at once.
 """
 
 from __future__ import annotations
@@ -49,21 +50,25 @@ class TensorBoard:
         self._axes: list[_Axis] = []
         self._tokens = 0
 
+    def check(self) -> str:
+        directory = self._settings.directory
+        return f"event files in {directory or 'the run directory'}: tensorboard --logdir {directory or 'RUN/sinks'}"
+
     def open(self, run: SinkRun) -> None:
         directory = Path(self._settings.directory) if self._settings.directory is not None else run.folder
         folder = directory / (self._settings.run_name or run.run_id)
         self._axes = []
-        for path, at in ((folder, run.step), (folder / "by_tokens", run.tokens)):
+        for path, at in ((folder, run.step), (folder / "by_tokens", run.tokens), (folder / "events", None)):
             self._axes.append(_Axis(path, run, at))
         self._tokens = run.tokens
 
     def write(self, record: Json) -> None:
-        found, told, step = figures(record), event(record), record.get("step")
+        found, told = figures(record), event(record)
         if record["kind"] == "step":
             self._tokens = record["tokens"]
-        steps, tokens = self._axes
-        if told is not None and step is not None:
-            steps.tell(step, record["time"], told)
+        steps, tokens, events = self._axes
+        if told is not None:
+            events.tell(record.get("step", 0), record["time"], told)
             if record["what"] == "rollback":
                 steps.back_to(record["to_step"])
         elif found:
@@ -79,15 +84,16 @@ class TensorBoard:
 
 
 class _Axis:
-    """One event file. at: the step (or tokens) after which what was told before is superseded."""
+    """One event file. at: the step (or tokens) after which what was told before is superseded; None: nothing is."""
 
-    def __init__(self, folder: Path, run: SinkRun, at: int) -> None:
+    def __init__(self, folder: Path, run: SinkRun, at: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _next_file(folder, run.term)
         self._records = RecordWriter(self._file)
-        self._last = at
+        self._last = 0
         self._write(Event(wall_time=time.time(), file_version=_VERSION))
-        self.back_to(at)
+        if at is not None:
+            self.back_to(at)
 
     def back_to(self, at: int) -> None:
         """What was told beyond `at` is superseded by what follows."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from anytimed.config import Config
-from anytimed.contracts import Json, Sink, SinkRun
+from anytimed.contracts import AnytimedError, Json, Sink, SinkRun
 from anytimed.service.assembly import sink_of
 from anytimed.urls import told
 
@@ -148,7 +148,7 @@ class Follower:
             log.info("sink %s: well again", self.name)
 
     def _failed(self, error: BaseException) -> None:
-        problem = told(f"{type(error).__name__}: {error}")[:500]
+        problem = told(str(error) if isinstance(error, AnytimedError) else f"{type(error).__name__}: {error}")[:500]
         if self._problem is None:
             log.warning("sink %s: %s; the training goes on, and it is tried again", self.name, problem)
         self._problem = problem
