@@ -21,6 +21,8 @@ from anytimed.contracts import ConfigError, Json, SinkRun
 from anytimed_adapters.sinks.figures import event, figures
 
 _OPEN_S, _FINISH_S = 60.0, 4.0
+_ON_DISK_S = 1.0
+"""How much a kill costs at most; W&B's own choice is 15 s."""
 
 
 class WeightsAndBiases:
@@ -88,6 +90,7 @@ class WeightsAndBiases:
                 x_save_requirements=False,
                 init_timeout=_OPEN_S,
                 finish_timeout=_FINISH_S,
+                x_transaction_log_flush_interval=_ON_DISK_S,
             ),
         )
         for axis in ("step", "tokens"):
@@ -108,7 +111,7 @@ class WeightsAndBiases:
         return (self._settings.mode or environ.get("WANDB_MODE", "online")) not in ("offline", "dryrun", "disabled")
 
     def flush(self) -> None:
-        """W&B's process has it already."""
+        """W&B's process has it already, and sees to it."""
 
     def close(self) -> None:
         if self._run is not None:
