@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from anytimed_adapters.sinks.tensorboard import TensorBoard
-from anytimed_adapters.sinks.weights_and_biases import WeightsAndBiases
 
 from anytimed.contracts import ConfigError, Json, SinkRun
+from anytimed_adapters.sinks.tensorboard import TensorBoard
+from anytimed_adapters.sinks.weights_and_biases import WeightsAndBiases
 from tests import tiny
 from tests.adapters import trackers
 from tests.service.test_daemon import running, status, until

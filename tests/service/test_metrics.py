@@ -1,4 +1,4 @@
-"""What leaves the loop's thread: metrics.jsonl, status.json, and the threads of trackers that fail, hang and come back."""
+"""What leaves the loop's thread: metrics.jsonl, status.json, and the threads of trackers that fail, hang, come back."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ _HELD_OUT = frozenset({"loss_x", "loss_y", "loss_z", "targets"})
 
 
 def figures(record: Json) -> dict[str, float]:
-    """`training/loss`, `prequential/SOURCE`, `holdout/loss_x`, `holdout/SOURCE/loss_x`, `optimizer/beta`, …; what is not
-    known (null) is left out. Nothing for events."""
+    """`training/loss`, `prequential/SOURCE`, `holdout/loss_x`, `holdout/SOURCE/loss_x`, `optimizer/beta`, …; what is
+    not known (null) is left out. Nothing for events."""
     match record["kind"]:
         case "step":
             return dict(_numbers(record, "training"))
