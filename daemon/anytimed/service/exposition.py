@@ -20,7 +20,7 @@ from anytimed.contracts import Json
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 STATES: Final = ("starting", "training", "waiting for data", "stopping", "stopped")
 
-INTERVENTIONS: Final = ("skip", "spike", "forget", "rollback", "jump", "evaluations")
+INTERVENTIONS: Final = ("skipped", "spike", "forget", "rollback", "jump", "evaluations")
 """Kinds that are told from the beginning: a counter that begins with its first event would hide that one."""
 
 _COUNTS: Final = {
