@@ -21,7 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from anytimed.contracts import ConfigError, Json
@@ -306,16 +306,17 @@ class Config(Table):
     exports: ExportsTable
     logging: LoggingTable = LoggingTable()
     control: ControlTable = ControlTable()
+    sinks: dict[str, AdapterTable] = Field(default_factory=dict, description="trackers that get the figures too")
 
     _path: Path = Path()
     _folder: Path = Path()
 
-    @field_validator("sources")
+    @field_validator("sources", "sinks")
     @classmethod
-    def _names(cls, value: dict[str, SourceTable]) -> dict[str, SourceTable]:
+    def _names(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-                raise ValueError(f"source name {name!r}: letters, digits, '-' and '_', at most 64")
+                raise ValueError(f"{str(info.field_name)[:-1]} name {name!r}: letters, digits, '-' and '_', at most 64")
         return value
 
     @field_validator("sources")

@@ -3,7 +3,7 @@
 In the order of a batch's life: a `Stream` yields `Record`s, each with the place after it; the data room turns them
 into a `Batch` that carries the `Position` to resume after it and the `Holdout` in force; the learner answers a step
 with a `StepReport`; a `Snapshot` takes tensors out of the learner as `HostTensor`s, which storage writes as a commit
-or an export. Last come the Protocols: `Stream`, `Tokenizer`, `Model`, `Journal`.
+or an export. Last come the Protocols: `Stream`, `Tokenizer`, `Model`, `Sink`, `Journal`.
 
 Everything here is plain data: no torch, no I/O. Errors that a person should read carry their exit code.
 """
@@ -510,6 +510,49 @@ class Model(Protocol):
     ) -> int:
         """An estimate of what one forward and backward pass keeps, in bytes. documents_on: the type of the device where
         `losses` is given documents; None: it is given none."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkRun:
+    """The run whose figures a sink gets. term: a counter that every start raises. config: the whole configuration,
+    without credentials; `config_digest` its SHA-256 (hex). folder: the sink's own, in the run directory; it need not
+    exist yet.
+
+    step, tokens: where the records that follow go on. A start after a kill replays steps: what was told before of steps
+    beyond `step` is superseded by what follows."""
+
+    run_id: str
+    term: int
+    config: Json
+    config_digest: str
+    step: int
+    tokens: int
+    folder: Path
+
+
+class Sink(Protocol):
+    """A tracker that the run's figures are sent to. It is built at the start, without any I/O, and used in a thread of
+    its own. Whatever it raises there is told in the status, and tried again with a new one, from the record that failed
+    on; the training never waits for it."""
+
+    def check(self) -> str:
+        """For `anytimed check`, which opens nothing: a line that says where the figures would go. Raises AnytimedError
+        where it can be told already that they would not."""
+
+    def open(self, run: SinkRun) -> None:
+        """Called once, before the first record. May take as long as it has to, and must not ask a person."""
+
+    def write(self, record: Json) -> None:
+        """One line of `metrics.jsonl`, in order; it may come again where something failed. Nobody may change it. `kind`
+        is "step", "evaluation", "event", or one that is not known yet, to be passed over; `time` is in seconds since
+        1970. A step's or evaluation's record whose `step` is not beyond the last one's supersedes what was told from
+        there on; so does an event whose `what` is "rollback", beyond its `to_step`."""
+
+    def flush(self) -> None:
+        """There is nothing more to write for now."""
+
+    def close(self) -> None:
+        """No call follows. Called after a failure too."""
 
 
 class Journal(Protocol):

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from anytimed.config import AdapterTable, explain
 from anytimed.contracts import ConfigError
 
-GROUPS = ("anytimed.streams", "anytimed.tokenizers", "anytimed.models", "anytimed.optimizers")
+GROUPS = ("anytimed.streams", "anytimed.tokenizers", "anytimed.models", "anytimed.optimizers", "anytimed.sinks")
 
 _CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _allowed: set[str] = set()

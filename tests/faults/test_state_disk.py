@@ -96,6 +96,7 @@ def test_a_full_disk_costs_entries_until_there_is_space(tmp_path: Path, victim: 
 def test_figures_and_notes_on_a_full_disk_stay_whole_lines(tmp_path: Path, injected: Injected) -> None:
     with tmpfs(tmp_path / "disk", 96 * PAGE) as disk:
         metrics = Metrics(disk / "metrics.jsonl", disk / "status.json")
+        metrics.start()
         notes = Quarantine(disk)
         ballast, records, told = disk / "ballast", 0, 0
         for turn in range(12 if FULL else 3):
@@ -108,6 +109,7 @@ def test_figures_and_notes_on_a_full_disk_stay_whole_lines(tmp_path: Path, injec
                     metrics.write("step", step=records)
                     notes("main", {"at": records}, Rejected("no text", "d" * 64))
                     metrics.show({"state": "x" * PAGE if full else "training"})
+                    assert metrics.flush()
                     failed |= {bool(metrics.failed), bool(notes.failed)}
                 # A file's last page has room for some lines; by now both are beyond it.
                 assert (metrics.failed and notes.failed) if full else failed == {False}, failed
@@ -120,6 +122,7 @@ def test_figures_and_notes_on_a_full_disk_stay_whole_lines(tmp_path: Path, injec
             ballast.unlink()
             injected(3, f"metrics, notes and status, turn {turn}")
             injected(4, f"metrics, notes and status, turn {turn}")
+        metrics.close()
         (disk / "main.jsonl").write_bytes((disk / "main.jsonl").read_bytes() + b'{"place": {"at"')
         Quarantine(disk)("main", {"at": 0}, Rejected("no text", "d" * 64))  # a torn note is passed over
 

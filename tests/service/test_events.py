@@ -136,20 +136,20 @@ def test_listeners_are_not_without_bound(tmp_path: Path) -> None:
 
 def test_a_daemon_tells_what_happens_and_pauses_when_asked(tmp_path: Path) -> None:
     """One life: it trains, pauses, is exported and committed, resumes, waits for data, reloads, stops."""
-    tiny.write_text(tmp_path / "data", 300)
+    tiny.write_text(tmp_path / "data", 80)
     run = tmp_path / "run"
-    config = tiny.config(tmp_path, commits={"every_steps": None, "every_s": 100_000.0})
+    never = {"every_steps": None, "every_s": 100_000.0}
+    config = tiny.config(tmp_path, commits=never, exports=never)
     with running(config) as process:
         until(process, lambda: status(tmp_path)["step"] > 0)
         kinds: list[tuple[str, str | None, Json]] = []
         listening = threading.Thread(target=lambda: kinds.extend(messages(run)))
         listening.start()
-        told = tiny.run("pause", run)
+        assert asked(run, "POST", "/pause")[1]["state"] == "paused"
         at = status(tmp_path)
         assert (at["state"], at["reason"]) == (
             "paused", "asked to pause; `anytimed resume` goes on, and so does a restart",
         )  # fmt: skip
-        assert f"Paused at step {at['step']}." in told
         until(process, lambda: (status(tmp_path)["commit"] or {}).get("step") == at["step"])
         assert asked(run, "GET", "/readyz")[0] == 200
         assert asked(run, "POST", "/pause")[1] == {"state": "paused", "step": at["step"]}  # again: as it was
@@ -160,11 +160,11 @@ def test_a_daemon_tells_what_happens_and_pauses_when_asked(tmp_path: Path) -> No
         assert "Training at step" in tiny.run("resume", run)
         until(process, lambda: status(tmp_path)["state"] == "waiting for data")
         why = status(tmp_path)["reason"]
-        tiny.run("pause", run)
+        assert f"Paused at step {status(tmp_path)['step']}." in tiny.run("pause", run)
         assert "Waiting for data" in tiny.run("resume", run)
         assert status(tmp_path)["reason"] == why != ""
         assert asked(run, "POST", "/reload")[1]["changed"] == []
-        tiny.run("pause", run)
+        asked(run, "POST", "/pause")
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output

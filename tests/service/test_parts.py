@@ -24,7 +24,6 @@ from anytimed.config import Schedule
 from anytimed.contracts import ConfigError, HostTensor, Refused, Rejected
 from anytimed.service.console import _JournalFormatter, ago, size, table
 from anytimed.service.keeper import Keeper
-from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.quarantine import Quarantine
 from anytimed.service.requests import Commit, Crashed, Export, Mailbox, Published, Reload, Request, Stop
@@ -102,18 +101,6 @@ def test_the_table_shows_what_is_wrong_and_what_is_under_way() -> None:
 def test_every_line_in_the_journal_has_its_priority() -> None:
     record = logging.LogRecord("anytimed", logging.WARNING, "", 0, "one\ntwo", None, None)
     assert _JournalFormatter("%(message)s").format(record) == "<4>one\n<4>two"
-
-
-def test_metrics_are_json_and_a_full_disk_is_told_and_forgotten(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "status.json")
-    metrics.write("step", loss=float("nan"), step=1)
-    assert '"loss":null,"step":1' in (tmp_path / "metrics.jsonl").read_text()
-    lost = Metrics(tmp_path / "no" / "metrics.jsonl", tmp_path / "no" / "status.json")
-    lost.write("step", step=1)
-    assert lost.failed is not None
-    (tmp_path / "no").mkdir()
-    lost.write("step", step=2)
-    assert lost.failed is None
 
 
 # --- the outbox -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from anytimed.contracts import (
     KeepsFiles,
     Model,
     Rejected,
+    Sink,
     SourceRule,
     Stream,
     Tokenizer,
@@ -94,6 +95,8 @@ def parts_of(config: Config) -> Parts:
     recipe = registry.build("anytimed.optimizers", config.optimizer, file, ("optimizer",))
     for name, table in sorted(config.sources.items()):
         registry.build("anytimed.streams", table, file, ("sources", name), name)
+    for name in sorted(config.sinks):
+        sink_of(config, name)
     rules = rules_of(config)
     longest = model.hf_config(tokenizer.vocab_size, tokenizer.end_token).get("max_position_embeddings")
     if longest is not None and config.data.sequence_length > longest:
@@ -109,6 +112,12 @@ def parts_of(config: Config) -> Parts:
         )
     rebuild = Rebuild(config.tokenizer, file, base, tuple(registry.allowed()))
     return Parts(config, tokenizer, model, recipe, rebuild, rules)
+
+
+def sink_of(config: Config, name: str) -> Sink:
+    """A new one, that has not been opened. Raises ConfigError naming file, table and key."""
+    sink: Sink = registry.build("anytimed.sinks", config.sinks[name], str(config.path), ("sinks", name), name)
+    return sink
 
 
 def rules_of(config: Config) -> dict[str, SourceRule]:

@@ -7,7 +7,6 @@ threads that answer questions.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from anytimed.contracts import Evaluation, Json, StepReport
+from anytimed.config import Config
+from anytimed.contracts import Evaluation, Json, SinkRun, StepReport
 from anytimed.service.bulletin import Bulletin
 from anytimed.service.console import View, line
 from anytimed.service.keeper import Keeper
@@ -23,9 +23,10 @@ from anytimed.service.metrics import Metrics
 from anytimed.service.outbox import Outbox
 from anytimed.service.requests import Verified
 from anytimed.service.session import Session
+from anytimed.service.sinks import tables_of
 from anytimed.service.status import STATUS_FORMAT
 from anytimed.service.systemd import Systemd, unit
-from anytimed.urls import told, without_credentials
+from anytimed.urls import public, told, without_credentials
 
 log = logging.getLogger("anytimed")
 
@@ -64,6 +65,21 @@ class Board:
         self._used: Json | None = None
         self._usage_from = 0.0
         self.last = self._status()
+
+    def start(self) -> None:
+        self._metrics.start()
+        self.follow(self._session.parts.config)
+
+    def follow(self, config: Config) -> None:
+        """Send the figures from now on to the trackers that the configuration names."""
+        learner, run, told = self._session.learner, self._session.run, public(config.model_dump(mode="json"))
+        where = SinkRun(
+            run.run_id, run.term, told, config.digest(), learner.step_count, learner.tokens, run.path / "sinks"
+        )
+        self._metrics.follow(tables_of(config), where)
+
+    def close(self) -> None:
+        self._metrics.close()
 
     # --- what the loop notes
 
@@ -234,16 +250,15 @@ class Board:
             "store": self._keeper.status(),
             "sources": reading["sources"],
             "batches_ready": reading["ready"],
-            "disk": _disk(run.path),
+            "disk": self._metrics.disk,
+            "sinks": self._metrics.sinks(),
             "accelerator": self._usage(),
             "time": time.time(),
         }
 
     def _record(self, kind: str, **values: Any) -> None:
         """One record, for metrics.jsonl and for who listens."""
-        record = {"kind": kind, "time": round(time.time(), 3), **{key: _finite(value) for key, value in values.items()}}
-        self._metrics.write(kind, **values)
-        self._bulletin.post(record)
+        self._bulletin.post(self._metrics.write(kind, **values))
 
     def _usage(self) -> Json | None:
         """The accelerator's, asked every few seconds: the driver takes a moment."""
@@ -279,21 +294,6 @@ def decision(entry: Json) -> str:
         case "spike":
             return f"the loss spiked at step {entry['step']}"
     return str(entry["kind"])
-
-
-def _disk(path: Path) -> Json | None:
-    try:
-        found = os.statvfs(path)
-    except OSError:
-        return None
-    return {"free_bytes": found.f_bavail * found.f_frsize, "total_bytes": found.f_blocks * found.f_frsize}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and Inf: null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ailing(sources: Json) -> Iterator[str]:

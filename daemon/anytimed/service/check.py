@@ -1,8 +1,8 @@
 """Everything about a configuration that can be found out without training.
 
-In order: adapters and their tables; every source listed and its first record read; the store written, read back and
-the trace removed; model and optimizer built without storage and counted, and who will do the optimizer's work. Each
-becomes one `Finding`; a failure does not hide the rest."""
+In order: adapters and their tables; every source listed and its first record read; trackers asked; the store written,
+read back and the trace removed; model and optimizer built without storage and counted, and who will do the optimizer's
+work. Each becomes one `Finding`; a failure does not hide the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Json, Record, Rejected, Stream
 from anytimed.data.inbox import Inbox
 from anytimed.optim import compiled, native
-from anytimed.service.assembly import Parts, parts_of
+from anytimed.service.assembly import Parts, parts_of, sink_of
 from anytimed.service.console import size
 from anytimed.storage.probe import probe
 from anytimed.storage.store import Store
@@ -46,6 +46,8 @@ def check(config: Config) -> Iterator[Finding]:
     yield _tried("device", lambda: str(_device(config)))
     for name in config.sources:
         yield _tried(f"source {name}", partial(_read, parts.open_stream(name)))
+    for name in sorted(config.sinks):
+        yield _tried(f"sink {name}", sink_of(config, name).check)
     yield _tried("run directory", lambda: _directory(Path(config.run.directory)))
     exports, commits = config.exports, config.commits
     yield _tried("exports", lambda: _probe(exports.url, exports.storage_options, require=exports.require_conditions))

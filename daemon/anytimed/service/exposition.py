@@ -1,7 +1,8 @@
 """The daemon's figures as Prometheus reads them: `GET /metrics`.
 
-Everything is made from one status, when it is asked for; nothing is counted twice. Names follow Prometheus' own rules:
-base units, `_total` for what only grows (and begins again where the run goes back), times as seconds since 1970.
+Everything is made from one status, when it is asked for; nothing is counted twice. What has no figure yet is left out.
+Names follow Prometheus' own rules: base units, `_total` for what only grows (and begins again where the run goes back),
+times as seconds since 1970, so that an age is `time() - …`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,22 @@ from anytimed.contracts import Json
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 STATES: Final = ("starting", "training", "waiting for data", "paused", "stopping", "stopped")
 
+INTERVENTIONS: Final = ("skipped", "spike", "forget", "rollback", "jump", "evaluations")
+"""Kinds that are told from the beginning: a counter that begins with its first event would hide that one."""
+
+_COUNTS: Final = {
+    "step": ("anytimed_steps", "Optimizer steps."),
+    "tokens": ("anytimed_tokens", "Tokens trained on."),
+    "skipped": ("anytimed_skipped_steps", "Steps that changed nothing, for they were not finite."),
+}
+_FIGURES: Final = {
+    "tokens_per_s": ("anytimed_tokens_per_second", "Speed since the last report."),
+    "loss": ("anytimed_loss_nats", "Mean training loss at y since the last report, per token."),
+    "batches_ready": ("anytimed_batches_ready", "Batches that are read ahead."),
+    "since": ("anytimed_state_since_timestamp_seconds", "When the daemon came into the state that it is in."),
+    "time": ("anytimed_status_timestamp_seconds", "When these figures were made; older where the loop stands still."),
+    "spooled": ("anytimed_export_waiting", "Exports that wait for the store."),
+}
 _SOURCE_COUNTS: Final = {
     "records": "Records that were trained on.",
     "held_out": "Records that were held out.",
@@ -53,24 +70,32 @@ class _Told(Collector):
         yield InfoMetricFamily(
             "anytimed_run", "Which run this is.", {key: str(status[key]) for key in ("run_id", "term", "device")}
         )
+        now = status["state"]
         yield _by("anytimed_state", "1 for the state that the daemon is in.", "state", {
-            state: float(state == status["state"]) for state in STATES
+            state: float(state == now) for state in dict.fromkeys((*STATES, now))
         })  # fmt: skip
         yield from _training(status)
         yield from _kept(status)
+        yield from _store(status)
+        yield from _machine(status)
         yield from _sources(status["sources"])
+        yield from _sinks(status.get("sinks") or {})
 
 
 def _training(status: Json) -> Iterator[Metric]:
-    yield _counter("anytimed_steps", "Optimizer steps.", status["step"])
-    yield _counter("anytimed_tokens", "Tokens trained on.", status["tokens"])
-    yield _counter("anytimed_skipped_steps", "Steps that changed nothing, for they were not finite.", status["skipped"])
-    yield from _gauge("anytimed_tokens_per_second", "Speed since the last report.", status["tokens_per_s"])
-    yield from _gauge("anytimed_loss_nats", "Mean training loss at y since the last report, per token.", status["loss"])
-    yield from _gauge("anytimed_batches_ready", "Batches that are read ahead.", status["batches_ready"])
+    for key, (name, what) in _COUNTS.items():
+        yield CounterMetricFamily(name, what, value=status[key])
+    for key, (name, what) in _FIGURES.items():
+        yield from _gauge(name, what, status.get(key))
     yield from _gauge("anytimed_degraded", "Things that are not as they should be; status names them.", len(
         status["degraded"]
     ))  # fmt: skip
+    decided = CounterMetricFamily(
+        "anytimed_interventions", "Decisions about the training, by kind.", labels=["kind"]
+    )  # fmt: skip
+    for kind, count in (dict.fromkeys(INTERVENTIONS, 0) | (status.get("interventions") or {})).items():
+        decided.add_metric([kind], count)
+    yield decided
     if evaluation := status["evaluation"]:
         yield _by(
             "anytimed_holdout_loss_nats", "Loss on the hold-out, per token: averaged x, y of the gradients, fast z.",
@@ -98,6 +123,38 @@ def _kept(status: Json) -> Iterator[Metric]:
     )  # fmt: skip
 
 
+def _store(status: Json) -> Iterator[Metric]:
+    """Where checkpoints are published."""
+    store, upload = status.get("store"), status.get("upload")
+    if store:
+        yield from _gauge(
+            "anytimed_store_enforces_conditions", "Whether the store itself keeps two writers apart.",
+            store["enforced"],
+        )  # fmt: skip
+        yield from _gauge("anytimed_lease_held", "Whether this daemon may publish.", store["lease"] == "held")
+    if upload:
+        yield from _gauge("anytimed_upload_done_bytes", "Sent of the upload under way.", upload["done_bytes"])
+        yield from _gauge("anytimed_upload_size_bytes", "Size of the upload under way.", upload["total_bytes"])
+
+
+def _machine(status: Json) -> Iterator[Metric]:
+    if disk := status.get("disk"):
+        yield from _gauge(
+            "anytimed_disk_available_bytes", "Free on the run directory's file system.", disk["free_bytes"]
+        )  # fmt: skip
+        yield from _gauge(
+            "anytimed_disk_size_bytes", "Size of the run directory's file system.", disk["total_bytes"]
+        )  # fmt: skip
+    if gpu := status.get("accelerator"):
+        for key, name, what in (
+            ("memory_used_bytes", "memory_used_bytes", "Memory of the accelerator in use."),
+            ("memory_total_bytes", "memory_size_bytes", "Memory of the accelerator."),
+            ("utilisation", "utilisation_ratio", "Share of the time that the accelerator computed, 0 to 1."),
+        ):
+            if gpu.get(key) is not None:
+                yield _by(f"anytimed_accelerator_{name}", what, "accelerator", {str(gpu["name"]): gpu[key]})
+
+
 def _sources(sources: Mapping[str, Json]) -> Iterator[Metric]:
     for key, what in _SOURCE_COUNTS.items():
         counted = CounterMetricFamily(f"anytimed_source_{key}", what, labels=["source"])
@@ -117,14 +174,27 @@ def _sources(sources: Mapping[str, Json]) -> Iterator[Metric]:
         })  # fmt: skip
 
 
-def _counter(name: str, what: str, value: float) -> Metric:
-    return CounterMetricFamily(name, what, value=value)
+def _sinks(sinks: Mapping[str, Json]) -> Iterator[Metric]:
+    for key, what in (
+        ("written", "Records that the tracker took."),
+        ("dropped", "Records that the tracker did not take in time, and will not get."),
+    ):
+        counted = CounterMetricFamily(f"anytimed_sink_records_{key}", what, labels=["sink"])
+        for name, sink in sinks.items():
+            counted.add_metric([name], sink[key])
+        yield counted
+    yield _by("anytimed_sink_records_waiting", "Records that wait for the tracker.", "sink", {
+        name: sink["waiting"] for name, sink in sinks.items()
+    })  # fmt: skip
+    yield _by("anytimed_sink_failing", "Whether the tracker failed when it was last tried.", "sink", {
+        name: float(sink["problem"] is not None) for name, sink in sinks.items()
+    })  # fmt: skip
 
 
 def _gauge(name: str, what: str, value: Any) -> Iterator[Metric]:
     """One gauge; none where there is no figure."""
     if value is not None:
-        yield GaugeMetricFamily(name, what, value=value)
+        yield GaugeMetricFamily(name, what, value=float(value))
 
 
 def _by(name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:

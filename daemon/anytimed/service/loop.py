@@ -120,7 +120,15 @@ class Daemon:
             self._systemd.phase("starting: compiling the model", COMPILE_S)
             self._learner.compile_now(self._config.data.batch_size)
         self._timetable.apply(self._config)
-        for part in (self._reader, self._keeper, self._outbox, self._saving, self._timetable, self._control):
+        for part in (
+            self._board,
+            self._reader,
+            self._keeper,
+            self._outbox,
+            self._saving,
+            self._timetable,
+            self._control,
+        ):
             part.start()
         self._board.listen = self._control.listens
         self._session.failures.watch()
@@ -391,6 +399,7 @@ class Daemon:
         self._config = parts.config
         self._saving.table = self._config.commits
         self._board.reloaded(changed)
+        self._board.follow(self._config)
         self._timetable.apply(self._config)
         self._steering.configured(self._config)
         if parts.config.sources != before.config.sources and self._state is not State.STOPPING:
@@ -449,3 +458,4 @@ class Daemon:
         self._control.close()
         self._session.failures.close()
         self._tell(always=True)
+        self._board.close()

@@ -34,6 +34,7 @@ OF_THE_USER = (
     "commits.mirror_url",
     "commits.mirror_storage_options",
     "commits.mirror_keep",
+    "sinks",
 )
 """Keys that lead out of the scratch folder."""
 

@@ -10,7 +10,7 @@ from anytimed.contracts import ConfigError, Json, SourcePosition
 from anytimed.data.sources import require_same_sources
 from anytimed.service.assembly import Parts, parts_of, rules_of
 
-LIVE_TABLES = ("logging", "evaluation", "commits", "exports", "guard", "sources")
+LIVE_TABLES = ("logging", "evaluation", "commits", "exports", "guard", "sources", "sinks")
 """Tables whose keys may change between two steps. Those that change the numbers (when to evaluate, the guard, and the
 sources, whose change takes effect at the start of a block) are journalled with the step or block of the change."""
 

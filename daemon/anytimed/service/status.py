@@ -107,6 +107,14 @@ class AcceleratorPart(Part):
     utilisation: float | None = Field(description="0 to 1; null without nvidia-ml-py (`anytimed[gpu]`)")
 
 
+class SinkPart(Part):
+    type: str
+    written: int = Field(description="records that it took since this start")
+    waiting: int
+    dropped: int = Field(description="records that it did not take in time")
+    problem: str | None
+
+
 class UnitPart(Part):
     name: str
     user: bool = Field(description="whether it is a unit of a user's manager")
@@ -168,7 +176,8 @@ class Status(Part):
     store: StorePart
     sources: dict[str, SourcePart]
     batches_ready: int
-    disk: DiskPart | None = Field(description="of the run directory; null where it cannot be told")
+    disk: DiskPart | None = Field(description="of the run directory; null until it is known")
+    sinks: dict[str, SinkPart] = Field(description="trackers that get the figures, by name")
     accelerator: AcceleratorPart | None
     time: float = Field(description="when this was said")
 
