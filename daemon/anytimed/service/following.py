@@ -160,6 +160,8 @@ class Follower:
         more = [self._trouble] if self._trouble else []
         if problem is not None:
             more.append(f"the store fails: {str(problem)[:200]}")
+        elif self._watcher.damaged:
+            more.append("a newer one is damaged")
         elif self._watcher.waiting:
             more.append("nothing is published")
         return "; ".join([standing, *more])

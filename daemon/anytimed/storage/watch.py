@@ -157,6 +157,11 @@ class Watcher:
         """The prefix, without credentials."""
         return self._store.url
 
+    @property
+    def damaged(self) -> bool:
+        """Whether a newer checkpoint is named than the newest good one."""
+        return self._damaged_pause_s > 0
+
     def look(self) -> Checkpoint | None:
         """A checkpoint that is newer than all that were given out, in place; None where there is none, or none to be
         had for now. Raises Refused, ConfigError, and what `progress` raises."""
@@ -201,7 +206,7 @@ class Watcher:
             pointer = self._store.read("latest.json", POINTER_BYTES)
         except MissingKey:
             pointer = None
-        again = self._damaged_pause_s > 0 and time.monotonic() >= self._damaged_again_at
+        again = self.damaged and time.monotonic() >= self._damaged_again_at
         if pointer is not None and pointer == self._pointer and not again:
             return None
         manifest = newest(self._store, past_damage=True)
