@@ -16,7 +16,10 @@ from anytimed.cli.app import app, err
 from anytimed.contracts import AnytimedError
 from anytimed.urls import in_environment, keep_secret, told
 
-COMMANDS = ("init", "check", "run", "status", "data", "asking", "feed", "pull", "list_", "verify", "sample", "prove")
+COMMANDS = (
+    *("init", "check", "run", "status", "data", "asking", "feed"),
+    *("pull", "list_", "verify", "sample", "eval_", "diff", "prove"),
+)
 """The modules with the commands, in the order of the help text."""
 
 for _name in COMMANDS:
