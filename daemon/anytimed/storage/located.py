@@ -72,8 +72,19 @@ def describe(name: str) -> Manifest:
 
 def published_at(name: str) -> str | None:
     """The prefix that a name asks for; None where it names a local folder."""
+    return split(name)[0] if _local(*_where(name)) is None else None
+
+
+def versions_beside(name: str) -> list[Manifest]:
+    """The manifests of all versions in the folder where a local checkpoint lies. Raises CorruptError."""
+    folder = _local(*_where(name))
+    found = [_manifest(beside) for beside in folder.parent.iterdir() if beside.is_dir()] if folder is not None else []
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _where(name: str) -> tuple[Path, str | None]:
     where, ident = split(name)
-    return where if _local(Path(where), ident) is None else None
+    return Path(where), ident
 
 
 def _local(path: Path, ident: str | None) -> Path | None:

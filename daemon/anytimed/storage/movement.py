@@ -148,7 +148,8 @@ def _compared(name: str, a: _Place | None, b: _Place | None) -> Moved | Differs:
         change = theirs - ours
         with np.errstate(over="ignore", invalid="ignore"):
             squares += [ours @ ours, theirs @ theirs, change @ change, ours @ theirs]
-    return Moved(name, *(float(n) for n in np.sqrt(squares[:3])), float(squares[3]), math.prod(a[2].shape))
+    of_a, of_b, of_change = (math.sqrt(square) for square in squares[:3])
+    return Moved(name, of_a, of_b, of_change, float(squares[3]), math.prod(a[2].shape))
 
 
 def _values(at: _Place) -> Iterator[NDArray[np.float64]]:
