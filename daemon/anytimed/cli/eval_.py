@@ -113,8 +113,8 @@ def _show(scores: Sequence[Score], length: int) -> None:
     from anytimed.service.console import size
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("checkpoint", overflow="fold")
-    for name in ("step", "trained on", "loss", "perplexity", "bits per byte", "tokens scored"):
+    table.add_column("checkpoint", overflow="fold", min_width=23)
+    for name in ("step", "loss", "perplexity", "bits/byte", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     best = min(score.bits_per_byte for score in scores)
     for score in scores:
@@ -126,7 +126,6 @@ def _show(scores: Sequence[Score], length: int) -> None:
         table.add_row(
             plain(name),
             f"{manifest.step:,}" if manifest else "-",
-            f"{manifest.tokens:,}" if manifest else "-",
             f"{score.loss:.4f}",
             f"{score.perplexity:,.2f}",
             f"{score.bits_per_byte:.4f}",
@@ -137,7 +136,7 @@ def _show(scores: Sequence[Score], length: int) -> None:
     first = scores[0]
     out.print(
         f"{first.documents:,} documents, {size(first.size_bytes)} of text, windows of {length:,} tokens. Loss: nats a "
-        "token, first tokens of documents not counted. Bits per byte: of all the text, comparable between tokenizers.",
+        "token, but for documents' first ones. Bits/byte: of the whole text, comparable between tokenizers.",
         highlight=False,
     )
     if first.rejected:

@@ -27,8 +27,10 @@ def manifest_lines(found: Json, ancestry: Json) -> Iterator[Any]:
     """What the manifests tell."""
     a, b = found["a"], found["b"]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "A", "B", "from A to B"):
-        table.add_column(title, overflow="fold", justify="left" if not title else "right")
+    table.add_column("", overflow="fold", min_width=10)
+    for title in ("A", "B"):
+        table.add_column(title, overflow="fold", justify="right", min_width=25)
+    table.add_column("from A to B", overflow="fold")
     table.add_row("checkpoint", a["id"], b["id"], _descent(found, ancestry))
     if not found["same_run"]:
         table.add_row("run", _short(a["run_id"]), _short(b["run_id"]), "another run")
@@ -64,9 +66,8 @@ def weight_lines(tensors: Sequence[Moved | Differs], top: int, everything: bool)
     if compared:
         _row(table, "all", together("all", compared), mark=False, style="bold")
         yield table
-        yield Text(
-            f"◀ the {len(movers)} tensors that moved the most, of {len(compared)}" if movers else "nothing moved"
-        )
+        marked = f"◀ the {len(movers)} tensors that moved the most, of {len(compared)}"
+        yield Text(marked if any(t.norm_change for t in compared) else "nothing moved")
     for other in tensors:
         if isinstance(other, Differs):
             yield Text(f"not compared: {other.name}: {other.a or 'not in A'} → {other.b or 'not in B'}")
@@ -118,7 +119,9 @@ def _evaluation(found: Json | None) -> Iterator[Any]:
         table.add_row(name, _value(before), _value(after), _delta(before, after) if comparable else "")
     yield Text("")
     yield table
-    if not comparable:
+    if None in found["holdout"]:
+        yield Text(f"{'A' if found['holdout'][0] is None else 'B'} was exported before it was evaluated.")
+    elif not comparable:
         yield Text("Another hold-out, so the losses cannot be compared; `anytimed eval A B --data GLOB` can.")
 
 
