@@ -35,6 +35,7 @@ ALLOWED = {
     "cli run --steps": "the limit for demos and tests",
     "cli prove --steps": "the length of a proof",
     "cli sample --tokens": "the length of a sample",
+    "cli eval --max-tokens": "how much text is scored",
 }
 
 

@@ -61,6 +61,8 @@ def eval_(
     from anytimed.storage.located import locate
 
     registry.allow(allow_adapter or ())
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ConfigError(f'--device: found "{device}", expected auto, cpu, cuda or cuda:N')
     scores: list[Score] = []
     with tempfile.TemporaryDirectory(prefix="anytimed-") as scratch:
         located = []
@@ -101,8 +103,6 @@ def _named(where: Sequence[str], checkpoint: str | None) -> list[str]:
 def _device(name: str):  # type: ignore[no-untyped-def]  # torch is imported only here
     from anytimed.training.device import Device
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
-        raise ConfigError(f'--device: found "{name}", expected auto, cpu, cuda or cuda:N')
     try:
         return Device(name)
     except ConfigError as error:

@@ -69,6 +69,8 @@ class Command:
             process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, process_group=0)
         except OSError as error:
             return f"cannot be run: {error.strerror or error} ({words[0]})"
+        except ValueError as error:  # a manifest with a NUL in its run id
+            return f"cannot be run: {error}"
         ends = time.monotonic() + self._timeout_s
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):

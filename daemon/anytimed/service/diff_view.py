@@ -27,23 +27,22 @@ def manifest_lines(found: Json, ancestry: Json) -> Iterator[Any]:
     """What the manifests tell."""
     a, b = found["a"], found["b"]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("", overflow="fold", min_width=10)
+    table.add_column("", no_wrap=True)
     for title in ("A", "B"):
-        table.add_column(title, overflow="fold", justify="right", min_width=25)
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("from A to B", overflow="fold")
-    table.add_row("checkpoint", a["id"], b["id"], _descent(found, ancestry))
+    _add(table, "checkpoint", a["id"], b["id"], _descent(found, ancestry))
     if not found["same_run"]:
-        table.add_row("run", _short(a["run_id"]), _short(b["run_id"]), "another run")
+        _add(table, "run", _short(a["run_id"]), _short(b["run_id"]), "another run")
     if a["term"] != b["term"]:
-        table.add_row("term", str(a["term"]), str(b["term"]), f"{abs(b['term'] - a['term'])} starts between")
+        _add(table, "term", str(a["term"]), str(b["term"]), f"{abs(b['term'] - a['term'])} starts between")
     for name in ("step", "tokens"):
-        table.add_row(name, f"{a[name]:,}", f"{b[name]:,}", f"{found[name]:+,}")
-    table.add_row("made", a["created"], b["created"], _span(found["seconds"]))
+        _add(table, name, f"{a[name]:,}", f"{b[name]:,}", f"{found[name]:+,}")
+    _add(table, "made", *(side["created"][:19].replace("T", " ") for side in (a, b)), _span(found["seconds"]))
     changed = "changed" if found["config_changed"] else "the same"
-    table.add_row("configuration", a["config_digest"][:12], b["config_digest"][:12], changed)
-    for name, (before, after) in found["optimizer"].items():
-        table.add_row(f"optimizer {name}", _value(before), _value(after), _delta(before, after))
+    _add(table, "config", _short(a["config_digest"]), _short(b["config_digest"]), changed)
     yield table
+    yield from _optimizer(found["optimizer"])
     yield from _evaluation(found["evaluation"])
     yield from _sources(found["lineage"])
     yield from _others(found)
@@ -70,7 +69,7 @@ def weight_lines(tensors: Sequence[Moved | Differs], top: int, everything: bool)
         yield Text(marked if any(t.norm_change for t in compared) else "nothing moved")
     for other in tensors:
         if isinstance(other, Differs):
-            yield Text(f"not compared: {other.name}: {other.a or 'not in A'} → {other.b or 'not in B'}")
+            yield Text(told(f"not compared: {other.name}: {other.a or 'not in A'} → {other.b or 'not in B'}"))
 
 
 def _movers(tensors: Sequence[Moved], top: int) -> list[Moved]:
@@ -82,7 +81,7 @@ def _row(table: Table, name: str, moved: Moved, *, mark: bool, style: str | None
     change = "from zero" if moved.change is None else f"{moved.change:.2e}"
     cosine = "-" if moved.cosine is None else f"{moved.cosine:.6f}"
     table.add_row(
-        Text(f"{name} ◀" if mark else name),
+        Text(told(f"{name} ◀" if mark else name)),
         f"{moved.norm_a:.4g}",
         f"{moved.norm_b:.4g}",
         change,
@@ -104,19 +103,32 @@ def _descent(found: Json, ancestry: Json) -> str:
     return f"no line of parents from B to A; known back to {ancestry['chain'][-1]}"
 
 
+def _optimizer(found: Json) -> Iterator[Any]:
+    if not found:
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("optimizer", overflow="fold")
+    for title in ("A", "B", "change"):
+        table.add_column(title, justify="right", overflow="fold")
+    for name, (before, after) in found.items():
+        _add(table, name, _value(before), _value(after), _delta(before, after))
+    yield Text("")
+    yield table
+
+
 def _evaluation(found: Json | None) -> Iterator[Any]:
     if found is None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("evaluation", "A", "B", "change"):
         table.add_column(title, justify="left" if title == "evaluation" else "right")
-    table.add_row("at step", *(_value(step) for step in found["at_step"]), "")
-    table.add_row("hold-out", *(_short(digest or "-") for digest in found["holdout"]), "")
+    _add(table, "at step", *(_value(step) for step in found["at_step"]), "")
+    _add(table, "hold-out", *(_short(digest or "-") for digest in found["holdout"]), "")
     comparable = found["comparable"]
     rows = [(which.replace("_", " of "), found[which]) for which in ("loss_x", "loss_y", "loss_z")]
     rows += [(f"  {name}, loss of x", losses) for name, losses in found.get("by_source", {}).items()]
     for name, (before, after) in rows:
-        table.add_row(name, _value(before), _value(after), _delta(before, after) if comparable else "")
+        _add(table, name, _value(before), _value(after), _delta(before, after) if comparable else "")
     yield Text("")
     yield table
     if None in found["holdout"]:
@@ -136,7 +148,7 @@ def _sources(lineage: Json) -> Iterator[Any]:
         notes = {"both": [], "a": ["not in B any more"], "b": ["new in B"]}[source["in"]]
         notes += [f"{key} {_value(x)} → {_value(y)}" for key, (x, y) in source["changed"].items()]
         counts = (f"{source[count]:+,}" for count in ("records", "held_out", "rejected", "tokens"))
-        table.add_row(Text(name), *counts, Text("; ".join(notes)))
+        _add(table, name, *counts, "; ".join(notes))
     yield Text("")
     yield table
 
@@ -152,6 +164,11 @@ def _others(found: Json) -> Iterator[Any]:
         yield Text("")
         yield from (Text(told(line)) for line in lines)
     yield Text("")
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of plain texts: what a manifest says is neither markup nor a way to steer the terminal."""
+    table.add_row(*(Text(told(cell)) for cell in cells))
 
 
 def _value(value: Any) -> str:

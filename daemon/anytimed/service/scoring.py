@@ -86,7 +86,12 @@ def window(located: Iterable[Located], asked: int | None) -> int:
     ConfigError where one cannot."""
     found = []
     for at in located:
-        longest = read_json(at.folder / "config.json", CONFIG_BYTES).get("max_position_embeddings")
+        try:
+            longest = read_json(at.folder / "config.json", CONFIG_BYTES).get("max_position_embeddings")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{at.folder}: no config.json; expected a published checkpoint or a Hugging Face model"
+            ) from None
         if not isinstance(longest, int) or longest < 1:
             raise CorruptError(f"{at.folder}/config.json: max_position_embeddings is {longest!r}, expected a number")
         if asked is not None and asked > longest:

@@ -1,8 +1,8 @@
 """A checkpoint by the name that a person gives it: `WHERE` or `WHERE@ID`.
 
 WHERE is a pulled folder (`current` or a version of it), one version's folder, any folder with a model in Hugging Face's
-form, or a published prefix, of which the newest is taken. ID is a checkpoint's id, or best. `locate` gives a folder to
-read, pulled where it has to be; `describe` the manifest alone. Needs no torch.
+form, a commit's folder, or a published prefix, of which the newest is taken. ID is a checkpoint's id, or best. `locate`
+gives a folder to read, pulled where it has to be; `describe` the manifest alone. Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from anytimed.contracts import ConfigError
 from anytimed.urls import told
 
+from .commit import MANIFEST as COMMIT
 from .manifest import MANIFEST_BYTES, MANIFEST_NAME, CheckpointId, Manifest
 from .partial import Progress
 from .pull import WAITING_S, named, newest, pull
@@ -52,7 +53,8 @@ def locate(name: str, scratch: Path, *, progress: Progress | None = None) -> Loc
     where, ident = split(name)
     folder = _local(Path(where), ident)
     if folder is None:
-        return Located(told(name), pull(where, scratch, checkpoint=ident, progress=progress).path, _read(scratch))
+        pulled = pull(where, scratch, checkpoint=ident, progress=progress)
+        return Located(told(name), pulled.path, pulled.manifest)
     return Located(told(name), folder, _manifest(folder))
 
 
@@ -92,7 +94,8 @@ def _local(path: Path, ident: str | None) -> Path | None:
     if ident is not None:
         version = path / "versions" / ident
         return version if (version / "config.json").is_file() else None
-    found = next((f for f in (path, path / "current") if (f / "config.json").is_file()), None)
+    marks = (path / "config.json", path / COMMIT, path / "current" / "config.json")
+    found = next((mark.parent for mark in marks if mark.is_file()), None)
     # By the name that never changes: `current` may be flipped while its files are read.
     return found.resolve() if found is not None else None
 
@@ -104,7 +107,3 @@ def _manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     return Manifest.from_bytes(data, str(folder / MANIFEST_NAME))
-
-
-def _read(scratch: Path) -> Manifest | None:
-    return _manifest(scratch / "current")

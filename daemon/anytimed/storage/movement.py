@@ -53,9 +53,9 @@ class Moved:
 
     @property
     def cosine(self) -> float | None:
-        """Of the angle between A and B; None where one of them is zero."""
+        """Of the angle between A and B; None where one of them is zero, or not finite."""
         both = self.norm_a * self.norm_b
-        return max(-1.0, min(1.0, self.dot / both)) if both else None
+        return max(-1.0, min(1.0, self.dot / both)) if both and math.isfinite(both) else None
 
     def to_json(self) -> Json:
         told = {"norm_a": self.norm_a, "norm_b": self.norm_b, "change": self.change, "cosine": self.cosine}
