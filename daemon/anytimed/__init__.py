@@ -13,7 +13,6 @@ All three import no torch. The optimizers alone are in `anytimed.optim`.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,11 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["latest", "pull", "watch"]
 
-_WHERE = {"latest": "pull", "pull": "pull", "watch": "watch"}
-
 
 def __getattr__(name: str) -> Any:
     # Looked up when first used, so that `import anytimed.optim` costs nothing of the store.
-    if name in _WHERE:
-        return getattr(import_module(f"anytimed.storage.{_WHERE[name]}"), name)
+    if name == "watch":
+        from anytimed.storage import watch as watching
+
+        return watching.watch
+    if name in __all__:
+        from anytimed.storage import pull as reader
+
+        return getattr(reader, name)
     raise AttributeError(f"module 'anytimed' has no attribute {name!r}")

@@ -23,6 +23,7 @@ from anytimed.storage.pull import latest
 from tests import tiny
 from tests.service.test_daemon import running
 from tests.storage.material import Site, content, flip
+from tests.storage.web_server import WebServer
 
 # Writes a line for each call, then fails as often as a file says, sleeps as long as another says.
 SCRIPT = """
@@ -172,6 +173,34 @@ def test_sigterm_ends_the_command_too_and_the_next_start_runs_it_again(tmp_path:
         follower.until(lambda: len(place.calls()) == 4)
         follower.stop()
     assert place.calls()[-1]["words"] == ["other"] and place.calls()[-1]["PREVIOUS"] == item.id
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_pull_that_is_cut_is_gone_on_with(tmp_path: Path, number: signal.Signals) -> None:
+    item = Site(tmp_path / "writer", str(tmp_path / "published")).publish(1)
+    reached, go_on = threading.Event(), threading.Event()
+    with WebServer(tmp_path / "published") as web:
+
+        def hold(path: str) -> None:
+            if path.endswith("tokenizer.json"):  # the second file
+                reached.set()
+                go_on.wait()
+
+        web.before = hold
+        place = Place(tmp_path, web.url)
+        with place.follower() as follower:
+            assert reached.wait(60)
+            if number is signal.SIGTERM:
+                assert "nothing was pulled" in follower.stop()
+        go_on.set()
+        assert place.calls() == []
+        web.asked.clear()
+        with place.follower() as follower:
+            follower.until(lambda: place.succeeded() == item.id)
+            follower.stop()
+    assert item.manifest.files[0].name == "model.safetensors"
+    assert "model.safetensors" not in {name for name, _, _ in web.asked}
+    assert "tokenizer.json" in {name for name, _, _ in web.asked}
 
 
 def test_a_newer_checkpoint_ends_the_tries_for_an_older_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from anytimed.storage.manifest import CheckpointId
 from anytimed.storage.store import MissingKey
 from anytimed.storage.target import Target
 from anytimed.storage.watch import Checkpoint, Watcher
+from tests.faults import servers
 from tests.storage.material import Site, flip, tree
 from tests.storage.web_server import WebServer
 
@@ -80,6 +82,27 @@ def test_a_look_that_finds_nothing_new_is_one_small_request(tmp_path: Path, site
         # The change costs the pointer three times and the manifest twice, and each file once.
         assert sorted(set(asked)) == sorted({"/latest.json", f"/checkpoints/{found.id}/manifest.json", *files})
         assert [asked.count(file) for file in files] == [1] * len(files) and len(asked) <= len(files) + 5
+
+
+def test_on_s3_a_look_is_one_get_too(tmp_path: Path) -> None:
+    with servers.rclone(tmp_path) as server:
+        site = Site(tmp_path / "writer", f"s3://{servers.BUCKET}/published", server.options())
+        site.publish(1)
+        watcher = Watcher(site.url, storage_options=site.options)
+        assert watcher.look() is not None
+        fs = watcher._store._place.fs  # type: ignore[union-attr]
+        plainly, asked = fs._call_s3, []
+
+        async def counted(method: str, *arguments: Any, **named: Any) -> Any:
+            asked.append((method, named.get("Key")))
+            return await plainly(method, *arguments, **named)
+
+        fs._call_s3 = counted
+        assert [watcher.look() for _ in range(3)] == [None] * 3
+        assert asked == [("get_object", "published/latest.json")] * 3
+        site.publish(2)
+        found = watcher.look()
+        assert found is not None and found.step == 2
 
 
 def test_it_never_goes_back_and_refuses_another_run(tmp_path: Path, site: Site) -> None:
