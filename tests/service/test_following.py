@@ -270,6 +270,7 @@ def test_two_followers_and_bad_usage_are_refused(tmp_path: Path) -> None:
         follower.stop()
     once = ("pull", site.url, "--to", place.to)
     assert "--exec: without --follow there is one pull" in tiny.run(*once, "--exec", "true", expect=2)
+    assert "--json: with --follow there is no end" in tiny.run(*once, "--follow", "--json", expect=2)
     assert "leave one of the two out" in tiny.run(*once, "--follow", "--checkpoint", "best", expect=2)
     assert "is not found" in tiny.run(*once, "--follow", "--exec", "nosuch-program x", expect=2)
     for line in ("", "'open"):

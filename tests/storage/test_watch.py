@@ -287,10 +287,12 @@ def test_watching_beside_a_writer_gives_only_whole_ones_in_order(tmp_path: Path,
 
     writer = threading.Thread(target=write)
     writer.start()
-    given = []
+    given, open_files = [], []
     for checkpoint in anytimed.watch(site.url, to=tmp_path / "model", every_s=0.01, timeout_s=2.0, keep=2):
         assert checkpoint.path is not None
+        open_files.append(len(list(Path("/proc/self/fd").iterdir())))
         assert b"\0" in tree(checkpoint.path)["model.safetensors"]
         given.append(checkpoint.step)
     writer.join()
+    assert max(open_files) <= open_files[0] + 8  # the writer's own come and go
     assert given[-1] == 25 and all(a < b for a, b in itertools.pairwise(given)) and len(given) > 1

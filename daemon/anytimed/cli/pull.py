@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from anytimed.cli.app import Url, app, err, out, say
+from anytimed.cli.app import AsJson, Url, app, err, out, say
 from anytimed.cli.progress import pulling
 from anytimed.contracts import ConfigError
 
@@ -43,14 +45,17 @@ def pull(
             min=0, help="Versions that stay in the folder, 0 for all; all, with --follow 3. What CMD last loaded stays."
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch the newest checkpoint, verified, and switch `DIR/current` to it. A pull that was cut is gone on with."""
     if not follow:
         named = {"--every": every, "--exec": command, "--exec-timeout": exec_timeout}
         if given := [name for name, value in named.items() if value is not None]:
             raise ConfigError(f"{', '.join(given)}: without --follow there is one pull, and nothing after it")
-        _once(url, to, checkpoint, keep)
+        _once(url, to, checkpoint, keep, as_json)
         return
+    if as_json:
+        raise ConfigError("--json: with --follow there is no end; --exec and anytimed.watch tell of each checkpoint")
     if checkpoint is not None:
         raise ConfigError("--checkpoint: with --follow it is always the newest; leave one of the two out")
     if exec_timeout is not None and command is None:
@@ -58,7 +63,7 @@ def pull(
     _for_ever(url, to, every, command, exec_timeout, keep)
 
 
-def _once(url: str, to: Path, checkpoint: str | None, keep: int | None) -> None:
+def _once(url: str, to: Path, checkpoint: str | None, keep: int | None, as_json: bool) -> None:
     from anytimed.storage.pull import pull as fetch
     from anytimed.storage.target import Target
 
@@ -73,8 +78,13 @@ def _once(url: str, to: Path, checkpoint: str | None, keep: int | None) -> None:
     if keep:
         Target(to).retain(keep)
     manifest = pulled.manifest
-    say(f"{manifest.id}: step {manifest.step:,}, {manifest.tokens:,} tokens")
-    say(f"{to / 'current'}")
+    if as_json:
+        figures = {"id": manifest.id, "step": manifest.step, "tokens": manifest.tokens, "run_id": manifest.run_id}
+        places = {"path": str(pulled.path), "current": str(to / "current"), "fell_back": pulled.fell_back}
+        sys.stdout.write(json.dumps(figures | places) + "\n")
+    else:
+        say(f"{manifest.id}: step {manifest.step:,}, {manifest.tokens:,} tokens")
+        say(f"{to / 'current'}")
     if pulled.fell_back:
         err.print(f"The newest checkpoint was damaged; {manifest.id} is the newest good one.", markup=False)
         raise typer.Exit(4)

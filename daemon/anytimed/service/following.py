@@ -36,8 +36,9 @@ from anytimed.storage.watch import Checkpoint, Watcher
 log = logging.getLogger("anytimed")
 
 _TELL_EVERY_S = 10.0
-_ALLOWANCE_S = 120.0
-"""What systemd is asked for, again and again, until the first checkpoint is in place."""
+_ALLOWANCE_S, _FIRST_ALLOWANCE_S = 120.0, 900.0
+"""What systemd is asked for, again and again, until the first checkpoint is in place; and at the start, when every byte
+of one that is there already is compared with its digest."""
 _STATE, _LOCK = ".follow.json", ".follow.lock"
 
 
@@ -73,6 +74,7 @@ class Follower:
         """Follow until a signal says stop. Main thread only. Raises Refused, ConfigError."""
         try:
             with self._only_one(), self._signals():
+                self._systemd.extend(_FIRST_ALLOWANCE_S)
                 while not self._stop.is_set():
                     self._look()
                     self._rest(self._watcher.pause_s())
