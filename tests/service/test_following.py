@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from anytimed.cli import app
 from anytimed.contracts import ConfigError, Json
 from anytimed.service.after_pull import Command
 from anytimed.storage.pull import latest
@@ -268,11 +270,15 @@ def test_two_followers_and_bad_usage_are_refused(tmp_path: Path) -> None:
             assert second.process.wait(60) == 3
             assert "another `pull --follow` keeps this folder" in second.said()
         follower.stop()
-    once = ("pull", site.url, "--to", place.to)
-    assert "--exec: without --follow there is one pull" in tiny.run(*once, "--exec", "true", expect=2)
-    assert "--json: with --follow there is no end" in tiny.run(*once, "--follow", "--json", expect=2)
-    assert "leave one of the two out" in tiny.run(*once, "--follow", "--checkpoint", "best", expect=2)
-    assert "is not found" in tiny.run(*once, "--follow", "--exec", "nosuch-program x", expect=2)
+    for more, told in (
+        (["--exec", "true"], "--exec: without --follow there is one pull"),
+        (["--follow", "--json"], "--json: with --follow there is no end"),
+        (["--follow", "--checkpoint", "best"], "leave one of the two out"),
+        (["--follow", "--exec", "nosuch-program x"], "is not found"),
+        (["--follow", "--exec-timeout", "3"], "there is no --exec"),
+    ):
+        wrong = CliRunner().invoke(app, ["pull", site.url, "--to", str(place.to), *more]).exception
+        assert isinstance(wrong, ConfigError) and told in str(wrong)
     for line in ("", "'open"):
         with pytest.raises(ConfigError, match="--exec"):
             Command(line, 1.0)
