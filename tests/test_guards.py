@@ -35,6 +35,7 @@ ALLOWED = {
     "cli run --steps": "the limit for demos and tests",
     "cli prove --steps": "the length of a proof",
     "cli sample --tokens": "the length of a sample",
+    "cli eval --max-tokens": "how much text is scored",
 }
 
 
@@ -124,12 +125,16 @@ def test_a_run_does_not_import_the_compiler(tmp_path: Path) -> None:
 
 
 def test_the_reader_needs_no_torch() -> None:
-    code = "import sys, anytimed; anytimed.pull, anytimed.latest; import anytimed.cli; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, anytimed; anytimed.pull, anytimed.latest, anytimed.watch; import anytimed.cli\n"
+        "from anytimed.service import following\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names() -> None:
-    assert anytimed.__all__ == ["latest", "pull"]
+    assert anytimed.__all__ == ["latest", "pull", "watch"]
     assert optim.__all__ == ["AMUSE", "SFAdamW", "SFNorMuon", "ScheduleFree", "param_groups"]
 
 

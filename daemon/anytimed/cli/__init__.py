@@ -10,20 +10,16 @@ import os
 import sys
 import threading
 import traceback
-from importlib import import_module
 
+# In the order of the help text.
+# isort: off
+from anytimed.cli import init, check, run, status, top, events, logs, data, asking, feed  # noqa: F401
+from anytimed.cli import pull, list_, verify, eval_, diff, sample, prove  # noqa: F401
+
+# isort: on
 from anytimed.cli.app import app, err
 from anytimed.contracts import AnytimedError
 from anytimed.urls import in_environment, keep_secret, told
-
-COMMANDS = (
-    "init", "check", "run", "status", "top", "events", "logs", "data", "asking", "feed", "pull", "list_", "verify",
-    "sample", "prove",
-)  # fmt: skip
-"""The modules with the commands, in the order of the help text."""
-
-for _name in COMMANDS:
-    import_module(f"anytimed.cli.{_name}")
 
 
 def main() -> None:

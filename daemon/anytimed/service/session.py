@@ -152,6 +152,7 @@ class Session:
                 license=config.exports.model_license,
                 flags=[*flags, verdict.flag] if verdict.flag else flags,
                 refused=verdict.refused,
+                sequence_length=config.data.sequence_length,
             )
 
         return make

@@ -27,7 +27,7 @@ class ExportContent:
 
     tokens: trained on up to `step`. parent: id of the checkpoint published before. lineage: per source, what was read.
     url: the prefix as a reader would name it, without credentials; license: named in the model card. refused: why it
-    must not be published, if it must not.
+    must not be published, if it must not. sequence_length: tokens that it was trained on at a time.
     """
 
     step: int
@@ -46,6 +46,7 @@ class ExportContent:
     url: str = "URL"
     license: str | None = None
     refused: str | None = None
+    sequence_length: int | None = None
 
 
 def write_weights(folder: Path, named: Mapping[str, HostTensor], max_shard_bytes: int) -> list[FileEntry]:

@@ -192,6 +192,8 @@ class Manifest(Stored):
     interventions: list[Any]
     lineage: dict[str, Any]
     flags: list[str]
+    sequence_length: Annotated[int, Field(ge=1)] | None = None
+    """What it was trained on at a time, in tokens; its config.json says only how much it could take."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

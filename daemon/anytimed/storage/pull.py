@@ -46,14 +46,32 @@ class Pulled:
 
 def latest(url: str, storage_options: Mapping[str, Any] | None = None) -> Manifest:
     """The newest published checkpoint. Raises MissingKey where nothing is published, CorruptError, StoreError."""
-    store = Store(url, storage_options, deadline_s=WAITING_S)
-    gone: set[str] = set()
+    return newest(Store(url, storage_options, deadline_s=WAITING_S))
+
+
+def newest(store: Store, *, past_damage: bool = False) -> Manifest:
+    """`latest` of an open store. `past_damage`: where a manifest is damaged, the newest one before it that is not."""
+    passed_over: set[str] = set()
+    damage: CorruptError | None = None
     while True:
-        ident, sha256 = _newest(store, gone)
+        try:
+            ident, sha256 = _newest(store, passed_over)
+        except MissingKey:
+            raise damage or MissingKey(f"{store.url}: no checkpoint is published here") from None
         try:
             return read_published(store, ident, sha256)[0]
         except MissingKey:
-            gone.add(ident)
+            pass
+        except CorruptError as error:
+            if not past_damage:
+                raise
+            damage = error
+        passed_over.add(ident)
+
+
+def named(store: Store, checkpoint: str) -> Manifest:
+    """The manifest of a checkpoint by its id, or "best". Raises ConfigError, MissingKey, CorruptError, StoreError."""
+    return read_published(store, *_asked(store, checkpoint))[0]
 
 
 def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None) -> list[Manifest]:
@@ -86,7 +104,20 @@ def pull(
     another run, NewerFormat, ConfigError on a bad id, AnytimedError on a local failure such as a full disk,
     StoreError.
     """
-    store, target, budget = Store(url, storage_options, deadline_s=WAITING_S), Target(Path(to)), Budget()
+    store = Store(url, storage_options, deadline_s=WAITING_S)
+    return bring(store, Target(Path(to)), checkpoint=checkpoint, progress=progress, max_bytes=max_bytes)
+
+
+def bring(
+    store: Store,
+    target: Target,
+    *,
+    checkpoint: str | None = None,
+    progress: Progress | None = None,
+    max_bytes: int = 4 << 40,
+) -> Pulled:
+    """`pull` from an open store into a folder."""
+    budget = Budget()
     bad: dict[str, str] = {}
     gone: set[str] = set()
     tried: dict[str, int] = {}

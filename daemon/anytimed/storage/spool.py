@@ -203,6 +203,7 @@ class Spool:
                 interventions=list(content.interventions),
                 lineage=content.lineage,
                 flags=flags,
+                sequence_length=content.sequence_length,
             )
             data = manifest.to_bytes()
         except ValueError as error:

@@ -13,16 +13,16 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from anytimed.contracts import AnytimedError, ConfigError, CorruptError
 
 from .durable import digest_of, fsync_folder, make_folders
-from .manifest import MANIFEST_NAME, Manifest
+from .manifest import MANIFEST_NAME, CheckpointId, Manifest
 from .partial import Partial, Progress, claim, sweep
 from .ranges import Budget
-from .store import Store
+from .store import MissingKey, Store
 from .strangers import check_folder
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -97,6 +97,29 @@ class Target:
         with self._locked():
             sweep(self._versions)
 
+    def retain(self, keep: int, also: Collection[str] = ()) -> list[str]:
+        """Remove all versions but the newest `keep` by (term, seq), the one in place and those named in `also`; their
+        ids. Raises AnytimedError. Who has a file of a removed version open keeps it."""
+        try:
+            with self._locked():
+                sweep(self._versions)
+                found = []
+                for path in self._versions.iterdir():
+                    with contextlib.suppress(ValueError):  # another name is not ours to judge
+                        found.append(CheckpointId.parse(path.name))
+                found.sort(key=lambda ident: ident.order, reverse=True)
+                standing = (self.path / "current").readlink().name
+                gone = [str(i) for i in found[keep:] if str(i) != standing and str(i) not in also]
+                for ident in gone:
+                    # Out of sight in one step; what a kill leaves of it is swept as a pull's leftovers are.
+                    (self._versions / ident).rename(self._versions / f".tmp-{ident}")
+                sweep(self._versions)
+        except FileNotFoundError:
+            return []  # nothing in place yet
+        except OSError as error:
+            raise AnytimedError(f"{self._versions}: old versions are not removed: {error}") from error
+        return gone
+
     # --- within ---
 
     def _has(self, manifest: Manifest, data: bytes) -> bool:
@@ -148,6 +171,8 @@ class Target:
         standing = self.current()
         if standing is not None and (standing.id == manifest.id or (standing.order > manifest.order and not asked)):
             return
+        if not self.version(manifest).is_dir():
+            raise MissingKey(f"{self.version(manifest)}: removed meanwhile, as one that is too old to be kept")
         temporary = self.path / ".tmp-current"  # one name is enough under the lock, and what a killed pull left goes
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(Path("versions") / manifest.id)

@@ -1,5 +1,6 @@
 """What is read from a plain web server (http://, https://), about which nothing can be taken for granted.
 
+`read_small` takes a pointer or a manifest in one request, so that asking again and again costs a server little.
 `read_range` looks at the status: only a 206 is a range, and no more is read than was asked for. `whole` streams an
 object from its beginning, for servers that know no ranges. Compressed transfer is not asked for: sizes and ranges are
 those of the stored bytes. Works on fsspec's `HTTPFileSystem` without importing it.
@@ -12,6 +13,8 @@ from typing import Any
 
 from fsspec.asyn import sync
 
+from anytimed.urls import BadAnswer
+
 from .durable import CHUNK_BYTES
 
 
@@ -22,6 +25,20 @@ class WholeObject(Exception):
 def is_web(fs: Any) -> bool:
     """Whether a file system is fsspec's for HTTP."""
     return "http" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+async def read_small(fs: Any, url: str, max_bytes: int) -> tuple[int, bytes]:
+    """An object's size, as far as it is told, and at most `max_bytes` + 1 of its bytes.
+
+    Raises OSError, aiohttp's errors.
+    """
+    async with await _get(fs, url, {}) as answer:
+        _check(fs, answer, url)
+        encoding = answer.headers.get("Content-Encoding", "identity")
+        if encoding not in ("", "identity"):
+            raise BadAnswer(f"the server answers in Content-Encoding {encoding!r}; asked was identity")
+        size = answer.content_length or 0
+        return size, b"" if size > max_bytes else await _read(answer, max_bytes + 1)
 
 
 async def read_range(fs: Any, url: str, start: int, end: int) -> bytes:
