@@ -16,7 +16,21 @@ from anytimed.cli.app import app, err
 from anytimed.contracts import AnytimedError
 from anytimed.urls import in_environment, keep_secret, told
 
-COMMANDS = ("init", "check", "run", "status", "data", "asking", "feed", "pull", "list_", "verify", "sample", "prove")
+COMMANDS = (
+    "init",
+    "check",
+    "run",
+    "status",
+    "data",
+    "asking",
+    "feed",
+    "pull",
+    "list_",
+    "verify",
+    "sample",
+    "prove",
+    "install_service",
+)
 """The modules with the commands, in the order of the help text."""
 
 for _name in COMMANDS:
