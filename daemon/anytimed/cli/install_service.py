@@ -100,7 +100,8 @@ def install_service(
         err.print(f"warning: {told(warning)}", markup=False, highlight=False, soft_wrap=True)
     if not dry_run:
         _take_note(places)
-        _go_on(places, now=now and prefix is None)
+        changed = any(was in ("new", "outdated", "differs") for _, was in results)
+        _go_on(places, now=now and prefix is None, changed=changed)
 
 
 @app.command("uninstall-service")
@@ -189,18 +190,18 @@ def _take_note(places: Places) -> None:
     _systemctl(places, "daemon-reload")
 
 
-def _go_on(places: Places, *, now: bool) -> None:
-    """Enable and start, or say how."""
+def _go_on(places: Places, *, now: bool, changed: bool) -> None:
+    """Enable and start, or say how. What runs already is started anew only where something has changed."""
     control = "systemctl --user" if places.user else "systemctl"
     journal = "journalctl --user" if places.user else "journalctl"
     if now:
         _systemctl(places, "enable", places.unit)
         with err.status(f"starting {places.unit}"):
             try:
-                _systemctl(places, "restart", places.unit)
+                _systemctl(places, "restart" if changed else "start", places.unit)
             except AnytimedError:
                 raise AnytimedError(
-                    f"{places.unit} did not start; `{journal} -u {places.unit} -n 30` says why. It is installed and enabled"
+                    f"{places.unit} is installed and enabled, and did not start: `{journal} -u {places.unit}` says why"
                 ) from None
         say(f"{places.unit} runs. Next:")
     else:

@@ -203,9 +203,9 @@ def removals(places: Places) -> Iterator[tuple[Path, str]]:
         if path.exists():
             others = [name for kind in kinds for name in others_of(places, kind)]
             if others:
-                yield path, f"stays: {', '.join(others)} needs it"
+                yield path, f"stays, for {', '.join(others)}"
             elif not unchanged(path.read_text(encoding="utf-8", errors="replace")):
-                yield path, "stays: somebody has changed it"
+                yield path, "stays, for somebody has changed it"
             else:
                 yield path, "remove"
 

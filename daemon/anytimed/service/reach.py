@@ -52,8 +52,8 @@ def configuration(config: Config, state: Path) -> Iterator[str]:
     for key, url in written.items():
         if url is not None and _local(str(url)) and Path(url).is_absolute() and not Path(url).is_relative_to(state):
             yield (
-                f"{key} = {url}: the service can write below {state} only, where relative paths lie; or name the folder "
-                "in ReadWritePaths= and its owner in User= (`systemctl edit`)"
+                f"{key} = {url}: the service can write below {state} only, where relative paths lie; or name the "
+                "folder in ReadWritePaths= and its owner in User= (`systemctl edit`)"
             )
     for name, table in config.sources.items():
         url = table.settings.get("url")
