@@ -49,10 +49,10 @@ def anytimed(*words: str, expect: int | None = 0) -> str:
     return done.stdout + done.stderr
 
 
-def show(unit: str) -> dict[str, str]:
-    """A few properties of a unit."""
+def show(unit: str, *before: str) -> dict[str, str]:
+    """A few properties of a unit. `before`: how systemctl is called, if not as root."""
     names = "ActiveState,SubState,MainPID,NRestarts,StatusText,Result,ExecMainStatus,ExecMainCode,UnitFileState"
-    lines = call("systemctl", "show", unit, "-p", names).stdout.splitlines()
+    lines = call(*(before or ("systemctl",)), "show", unit, "-p", names).stdout.splitlines()
     return dict(line.split("=", 1) for line in lines)
 
 
@@ -71,7 +71,7 @@ def journal(*match: str) -> list[dict[str, Any]]:
     ]
 
 
-def until(what: Callable[[], T | None], why: str, seconds: float = 40) -> T:
+def until(what: Callable[[], T | None], why: str, seconds: float = 60, every_s: float = 0.05) -> T:
     """The first answer that is not None, False or empty."""
     ends = time.monotonic() + seconds
     while True:
@@ -80,7 +80,7 @@ def until(what: Callable[[], T | None], why: str, seconds: float = 40) -> T:
             return found
         if time.monotonic() > ends:
             raise AssertionError(f"not within {seconds:g} s: {why}")
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 def status() -> dict[str, Any]:

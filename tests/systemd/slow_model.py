@@ -15,7 +15,7 @@ import torch
 
 from anytimed_adapters.models.llama import LlamaModel, LlamaSettings
 
-STEP_S = 0.03
+STEP_S = 0.05
 
 
 class SlowLlama(LlamaModel):
