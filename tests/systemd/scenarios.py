@@ -381,21 +381,18 @@ def removed() -> dict[str, Any]:
 def of_a_user() -> dict[str, Any]:
     """A service of a user's own, under a manager of hers: --user needs neither root nor another's help."""
     call("useradd", "--create-home", "ada")
-    home, environment = (
-        Path("/home/ada"),
-        ("XDG_RUNTIME_DIR=/run/ada", "HOME=/home/ada", "LD_LIBRARY_PATH=/opt/python/lib"),
-    )
+    home, library = Path("/home/ada"), "LD_LIBRARY_PATH=/opt/python/lib"
     Path("/etc/systemd/system/ada.service").write_text(
         "[Service]\nType=notify\nUser=ada\nDelegate=yes\nRuntimeDirectory=ada\nRuntimeDirectoryMode=0700\n"
         "Environment=XDG_RUNTIME_DIR=/run/ada\nExecStart=/lib/systemd/systemd --user\n"
     )
     call("systemctl", "daemon-reload")
     call("systemctl", "start", "ada")
-    ada = ("runuser", "-u", "ada", "--", "env", *environment)
+    ada = ("runuser", "-u", "ada", "--", "env", "XDG_RUNTIME_DIR=/run/ada", "HOME=/home/ada", library)
     call(*ada, "mkdir", "-p", f"{home}/.config/systemd/user/anytimed@.service.d")
     extra = 'Environment="ANYTIMED_ALLOW_ADAPTERS=slow_model:SlowLlama" PYTHONPATH=/opt/checkout/tests/systemd'
     for path, text in (
-        (f"{home}/.config/systemd/user/anytimed@.service.d/test.conf", f"[Service]\n{extra} {environment[2]}\n"),
+        (f"{home}/.config/systemd/user/anytimed@.service.d/test.conf", f"[Service]\n{extra} {library}\n"),
         (f"{home}/mine.toml", TOML),
     ):
         subprocess.run([*ada, "tee", path], input=text, text=True, check=True, stdout=subprocess.DEVNULL)

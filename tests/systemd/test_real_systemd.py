@@ -57,14 +57,14 @@ def boot(work: Path) -> int:
     binds = [f"{CHECKOUT}=/opt/checkout"]
     sites = [path for path in map(Path, sys.path) if path.name in ("site-packages", "dist-packages") and path.is_dir()]
     binds += [f"{path}=/opt/sites/{i}" for i, path in enumerate(sites)]
+    ours = ["/opt/checkout", "/opt/checkout/daemon", "/opt/checkout/adapters"]
+    paths = ":".join([*ours, *(f"/opt/sites/{i}" for i in range(len(sites)))])
+    command = ["env", f"PYTHONPATH={paths}", "PYTHONDONTWRITEBYTECODE=1"]
     base, python = Path(sys.base_prefix), f"python{sys.version_info.major}.{sys.version_info.minor}"
-    if base.parts[:2] != ("/", "usr"):
+    if base.parts[:2] != ("/", "usr"):  # in somebody's home perhaps, which no service sees
         binds.append(f"{base}=/opt/python")
         base = Path("/opt/python")
-    paths = ":".join(
-        ["/opt/checkout", "/opt/checkout/daemon", "/opt/checkout/adapters", *(b.split("=")[1] for b in binds)]
-    )
-    command = ["env", f"PYTHONPATH={paths}", f"LD_LIBRARY_PATH={base}/lib", "PYTHONDONTWRITEBYTECODE=1"]
+        command.append(f"LD_LIBRARY_PATH={base}/lib")
     command += [f"{base}/bin/{python}", "-m", "tests.systemd.scenarios"]
     return subprocess.run([HERE / "boot", work, str(SECONDS), *binds, "--", *command], check=False).returncode
 
@@ -210,14 +210,14 @@ def test_a_consumer_is_ready_with_a_checkpoint_and_its_command_runs_after_each_c
     assert found["unit"]["ActiveState"] == "active"
     assert "anytimed-pull@up.service runs" in found["told"]
     ids = [line.split()[0] for line in found["changes"]]
-    assert ids == [found["first"], found["exported"]["checkpoint"]]
+    assert ids[0] == found["first"] < found["exported"]["checkpoint"] <= ids[1]
     assert all(line.endswith(" anytimed-pull") for line in found["changes"])
 
 
 def test_who_serves_may_read_what_was_pulled_and_is_restarted_by_a_path_unit(booted: Found) -> None:
     found = scenario(booted, "consumer")
-    assert found["served"] == [f"versions/{found['first']}", f"versions/{found['exported']['checkpoint']}"]
-    assert found["read"] == ["8", "8"]
+    assert found["served"][:2] == [f"versions/{line.split()[0]}" for line in found["changes"][:2]]
+    assert set(found["read"]) == {"8"}
     assert found["owner"] == "anytimed-pull"
     assert found["left"] == ["/etc/systemd/system/anytimed-pull@.service.d"]  # the drop-in of this test
 
