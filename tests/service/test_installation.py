@@ -14,7 +14,8 @@ from anytimed.cli.app import app, out
 from anytimed.config import load
 from anytimed.contracts import AnytimedError, ConfigError
 from anytimed.service import installation, reach
-from anytimed.service.installation import Places, wanted, write
+from anytimed.service.installation import Places, wanted
+from anytimed.service.own_files import marked, unchanged, write
 from anytimed.urls import told
 from tests import tiny
 
@@ -111,12 +112,12 @@ def test_a_unit_of_an_earlier_version_that_nobody_changed_is_replaced(tmp_path: 
     places = Places("demo", "run", prefix=prefix)
     files = wanted(places, config="x")
     write(files)
-    old = installation._marked("[Service]\nExecStart=/an/older/one\n")
+    old = marked("[Service]\nExecStart=/an/older/one\n")
     files[0].path.write_text(old)
     assert [found for _, found in write(files)] == ["outdated", "same", "same", "same"]
     assert files[0].path.read_text() == files[0].text
-    assert installation.unchanged(files[0].text)
-    assert not installation.unchanged(files[0].text.replace("Restart=", "Restart= "))
+    assert unchanged(files[0].text)
+    assert not unchanged(files[0].text.replace("Restart=", "Restart= "))
 
 
 def test_a_consumer_is_told_its_url_and_command_and_changes_of_them_are_not_shown(tmp_path: Path) -> None:

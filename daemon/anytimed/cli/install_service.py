@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +62,8 @@ def install_service(
 ) -> None:
     """Install a daemon, or with --pull a consumer, as a systemd service of this very program."""
     from anytimed.service import reach
-    from anytimed.service.installation import Places, folders, program, wanted, write
+    from anytimed.service.installation import Places, folders, program, wanted
+    from anytimed.service.own_files import write
     from anytimed.storage.durable import make_folders
 
     if (config is None) == (pull is None):
@@ -115,7 +117,8 @@ def uninstall_service(
     dry_run: DryRun = False,
 ) -> None:
     """Stop a service and remove what install-service wrote; what it trained stays, unless --purge."""
-    from anytimed.service.installation import Places, kept, removals, remove
+    from anytimed.service.installation import Places
+    from anytimed.service.uninstallation import kept, removals, remove
 
     places = Places(name, "pull" if pull else "run", user, prefix or Path("/"))
     if not (places.environment.exists() or places.config.exists() or kept(places)):
@@ -157,6 +160,8 @@ def _checked(path: Path, places: Places) -> tuple[str, list[str]]:
             f"{path}: holds credentials, and everybody can read what is installed; expected them in "
             f"{places.environment} (AWS_ACCESS_KEY_ID and others), or in /etc/credstore: see systemd/README.md"
         )
+    with suppress(ConfigError, OSError):
+        load(places.config)  # what a difference from it may show: its credentials are kept secret from here on
     return text, [] if places.user else list(reach.configuration(config, Path("/var/lib/anytimed") / places.name))
 
 
