@@ -151,6 +151,7 @@ def test_an_uninstall_leaves_what_others_use_and_what_was_trained(tmp_path: Path
     (prefix / "etc/anytimed/demo.env").write_text("KEY=kept\n")
     unit, failure = (prefix / UNITS / name for name in ("anytimed@.service", "anytimed-failure@.service"))
 
+    assert "nothing of it is installed" in command("uninstall-service", "demo", "--pull", "--prefix", prefix, expect=2)
     before = tree(prefix)
     assert "would be" in command("uninstall-service", "demo", "--prefix", prefix, "--dry-run")
     assert tree(prefix) == before

@@ -38,7 +38,7 @@ from tests.systemd.machine import (
 
 DEMO = "anytimed@demo"
 CONFIG = Path("/etc/anytimed/demo.toml")
-WATCHDOG_S = 5
+WATCHDOG_S = 7
 
 TOML = """\
 [run]
@@ -99,6 +99,11 @@ def prepare() -> dict[str, Any]:
     store = Path("/etc/credstore")
     store.mkdir(mode=0o700, exist_ok=True)
     (store / "anytimed.demo.control-token").write_text("a token of the test\n")
+    encrypted = Path("/etc/credstore.encrypted")
+    encrypted.mkdir(mode=0o700, exist_ok=True)
+    Path("/root/hf-token").write_text("another token\n")
+    call("systemd-creds", "encrypt", "--name=hf-token", "/root/hf-token", str(encrypted / "anytimed.demo.hf-token"))
+    dropin("anytimed@demo.service", "encrypted", "LoadCredentialEncrypted=hf-token:anytimed.demo.hf-token")
     Path("/etc/anytimed").mkdir()
     Path("/etc/anytimed/failure.env").write_text("ANYTIMED_ON_FAILURE=systemd-cat -t told\n")
     return {"version": call("systemctl", "--version").stdout.splitlines()[0]}
@@ -244,9 +249,9 @@ def bad_configuration() -> dict[str, Any]:
     Path("/etc/anytimed/bad.toml").write_text(TOML.replace("[training]", "").replace("batch_size", "bach_size"))
     call("systemctl", "start", "anytimed@bad", expect=None)
     until(lambda: show("anytimed@bad")["ActiveState"] == "failed", "the end")
-    time.sleep(1)
     failure = "anytimed-failure@anytimed@bad"
-    until(lambda: journal("-t", "told"), "the command of the failure unit")
+    until(lambda: any("Finished" in one["text"] for one in journal("-u", failure)), "what tells of it")
+    time.sleep(1)
     return {
         "unit": show("anytimed@bad"),
         "told": [one["text"] for one in journal("-u", "anytimed@bad")],
@@ -262,10 +267,12 @@ def start_limit() -> dict[str, Any]:
     )
     call("systemctl", "start", "anytimed@limit", expect=None)
     until(lambda: any("too quickly" in one["text"] for one in journal("-u", "anytimed@limit")), "the limit", 60)
+    failure = "anytimed-failure@anytimed@limit"
+    until(lambda: any("Finished" in one["text"] for one in journal("-u", failure)), "what tells of it")
     return {
         "unit": show("anytimed@limit"),
         "starts": sum("Main process exited" in one["text"] for one in journal("-u", "anytimed@limit")),
-        "told": [one["text"] for one in journal("-u", "anytimed-failure@anytimed@limit")],
+        "told": [one["text"] for one in journal("-u", failure)],
     }
 
 
@@ -400,7 +407,9 @@ def of_a_user() -> dict[str, Any]:
     control = (*ada, "systemctl", "--user")
     state = home / ".local/state/anytimed/mine"
     unit = show("anytimed@mine", *control)
-    text = until(lambda: (t := show("anytimed@mine", *control)["StatusText"]) and "step 0 " not in t and t, "a step")
+    text = until(
+        lambda: (t := show("anytimed@mine", *control)["StatusText"]) and "step 0 " not in t and t, "a step", 60, 0.5
+    )
     gone = call(*ada, machine.PROGRAM, "uninstall-service", "mine", "--user")
     return {
         "told": told.stdout,

@@ -37,7 +37,8 @@ class SlowLlama(LlamaModel):
 def sandbox() -> dict[str, object]:
     """What this process may do, tried out."""
     told = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    credential = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"), "control-token")
+    token = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"), "control-token")
+    other = Path(os.environ.get("HF_TOKEN_PATH", "/nowhere"))
     return {
         "uid": os.getuid(),
         "status": {key: told[key].strip() for key in ("CapEff", "CapBnd", "NoNewPrivs", "Seccomp")},
@@ -48,7 +49,8 @@ def sandbox() -> dict[str, object]:
         "processes": sorted(p.name for p in Path("/proc").glob("[0-9]*") if p.name != str(os.getpid())),
         "tmp": [path.name for path in Path("/tmp").iterdir()],
         "umask": f"{_umask():04o}",
-        "token": credential.read_text() if credential.exists() else None,
+        "token": token.read_text() if token.exists() else None,
+        "hf_token": other.read_text() if other.exists() else None,
         "token_of_others": _error(Path("/etc/credstore/anytimed.demo.control-token").read_bytes),
     }
 

@@ -121,7 +121,7 @@ def uninstall_service(
     from anytimed.service.uninstallation import kept, removals, remove
 
     places = Places(name, "pull" if pull else "run", user, prefix or Path("/"))
-    if not (places.environment.exists() or places.config.exists() or kept(places)):
+    if not (places.environment.exists() or (not pull and places.config.exists()) or kept(places)):
         raise ConfigError(f"{places.unit}: nothing of it is installed in {places.configuration} and {places.state}")
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("what", overflow="fold")
