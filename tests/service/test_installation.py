@@ -79,6 +79,17 @@ def test_it_writes_units_of_this_very_program_and_is_idempotent(tmp_path: Path, 
     assert {name: (prefix / name).stat().st_mtime_ns for name in first} == times
 
 
+def test_the_umask_of_the_shell_closes_nothing_that_a_service_has_to_read(tmp_path: Path, config: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        install(tmp_path / "root", "--config", config)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "root").rglob("*"):
+        open_to_all = stat.S_IMODE(path.stat().st_mode) & 0o055
+        assert open_to_all == (0o055 if path.is_dir() else 0 if path.suffix == ".env" else 0o044), path
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, config: Path) -> None:
     told = install(tmp_path / "root", "--config", config, "--dry-run")
     assert told.count("would be written") == 4

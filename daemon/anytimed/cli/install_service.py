@@ -61,6 +61,7 @@ def install_service(
     dry_run: DryRun = False,
 ) -> None:
     """Install a daemon, or with --pull a consumer, as a systemd service of this very program."""
+    from anytimed.config import load
     from anytimed.service import reach
     from anytimed.service.installation import Places, folders, program, wanted
     from anytimed.service.own_files import write
@@ -84,6 +85,8 @@ def install_service(
         results = [(file, file.found()) for file in files]
     else:
         results = write(files, force=force)
+        if config is not None:
+            load(places.config)  # as the daemon will, which refuses what others can write
         for folder in folders(places):
             make_folders(folder, 0o700)
     table = Table(box=None, padding=(0, 2, 0, 0))

@@ -133,7 +133,8 @@ def variables_of(places: Places) -> str:
 
 def folders(places: Places) -> list[Path]:
     """Those that systemd does not make itself."""
-    return [places.state, places.cache] if places.user else []
+    needed = [places.state, places.cache] if places.kind == "run" else [places.state]
+    return needed if places.user else []
 
 
 def program() -> list[str]:

@@ -6,11 +6,12 @@ replaces one that nobody has changed, and no other.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,8 @@ def write(files: Sequence[Wanted], *, force: bool = False) -> list[tuple[Wanted,
     for file, found in before:
         if found in ("same", "kept"):
             continue
-        make_folders(file.path.parent, 0o755)
+        with _umask(0o022):  # whatever that of the administrator's shell is: a service has to come through here
+            make_folders(file.path.parent)
         if found == "differs":
             file.path.rename(file.path.with_name(file.path.name + ".old"))
         # With its mode before its name: a file of credentials is never open to others, not for a moment.
@@ -91,8 +93,14 @@ def unchanged(text: str) -> bool:
 
 
 def _write(file: Wanted) -> None:
-    before = os.umask(0o777 & ~file.mode)
-    try:
+    with _umask(0o777 & ~file.mode):
         write_durably(file.path, file.text.encode())
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
     finally:
         os.umask(before)
