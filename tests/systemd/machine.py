@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ def committed() -> int:
     return max(int(name.rsplit("-", 1)[1]) for name in names)
 
 
-def resumed_at(since: float) -> list[int]:
-    """The steps at which starts since then said they resumed."""
-    lines = [one["text"] for one in journal("-u", "anytimed@demo") if one["time"] >= since]
-    return [int(text.split("resumed step ")[1].split()[0]) for text in lines if "resumed step " in text]
+def steps_told(unit: str, what: str, since: float) -> list[int]:
+    """The steps in the lines of the journal since then that say `what`, as in "resumed step 30 from"."""
+    lines = [one["text"] for one in journal("-u", unit) if one["time"] >= since]
+    return [int(re.split(r"\D", text.split(what)[1])[0]) for text in lines if what in text]

@@ -29,9 +29,9 @@ from tests.systemd.machine import (
     call,
     committed,
     journal,
-    resumed_at,
     show,
     status,
+    steps_told,
     trained,
     until,
 )
@@ -150,7 +150,7 @@ def stopped_and_resumed() -> dict[str, Any]:
         "after": after,
         "committed": at,
         "seen": seen,
-        "resumed": resumed_at(began),
+        "resumed": steps_told(DEMO, "resumed step ", began),
         "order": [one["text"] for one in lines if "resumed step" in one["text"] or one["text"].startswith("Started ")],
         "status_text": status_text,
         "later_text": until(lambda: (t := show(DEMO)["StatusText"]) != status_text and t, "another status"),
@@ -176,9 +176,7 @@ def reloads() -> dict[str, Any]:
         "refused": refused,
         "named": named,
         "same_process": show(DEMO)["MainPID"] == pid,
-        "config_in_force": sorted(
-            int(path.name.rsplit("-", 1)[1]) for path in (RUN / "commits").iterdir() if path.stat().st_mtime > began
-        ),
+        "commits_since": steps_told(DEMO, "committed step ", began),
     }
 
 
@@ -190,7 +188,7 @@ def hit(how: Callable[[str], None], unhit: Callable[[], None] = lambda: None) ->
     how(before["MainPID"])
     gone = until(lambda: show(DEMO)["MainPID"] != before["MainPID"] and time.time(), "its end", 30)
     unhit()
-    resumed = until(lambda: resumed_at(began), "a new start")
+    resumed = until(lambda: steps_told(DEMO, "resumed step ", began), "a new start")
     on = trained(resumed[0] + 3)
     told = [one["text"] for one in journal("_PID=1", "-u", DEMO) if one["time"] >= began]
     return {

@@ -139,8 +139,8 @@ def test_a_reload_is_applied_or_named_and_then_nothing_of_it_is(booted: Found) -
     assert found["refused"]["changed"] == []
     assert found["named"]
     assert found["same_process"]
-    assert found["config_in_force"]
-    assert all(step % 10 == 0 for step in found["config_in_force"])  # commits every 10, not every 9 steps
+    assert found["commits_since"]
+    assert all(step % 10 == 0 for step in found["commits_since"])  # commits every 10, not every 9 steps
 
 
 @pytest.mark.parametrize(
