@@ -18,6 +18,46 @@ T = TypeVar("T")
 PROGRAM = "/opt/anytimed/bin/anytimed"
 STATE = Path("/var/lib/private/anytimed/demo")
 RUN = STATE / "state/run"
+DEMO = "anytimed@demo"
+CONFIG = Path("/etc/anytimed/demo.toml")
+WATCHDOG_S = 7
+
+TOML = """\
+[run]
+directory = "state/run"
+threads = 1
+[model]
+type = "slow_model:SlowLlama"
+hidden_size = 32
+layers = 2
+heads = 2
+intermediate_size = 64
+[tokenizer]
+type = "bytes"
+[data]
+sequence_length = 32
+batch_size = 4
+shuffle_block_sequences = 64
+[data.holdout]
+fraction = 0.25
+max_tokens = 512
+[sources.main]
+type = "text"
+url = "/srv/data/*.txt"
+when_dry = "replay"
+passes = 100000
+[optimizer]
+type = "sf_normuon"
+[evaluation]
+every_steps = 25
+[commits]
+every_steps = 10
+[exports]
+url = "state/published"
+every_steps = 30
+[logging]
+every_steps = 5
+"""
 
 
 def install_program() -> None:
@@ -112,3 +152,10 @@ def steps_told(unit: str, what: str, since: float) -> list[int]:
     """The steps in the lines of the journal since then that say `what`, as in "resumed step 30 from"."""
     lines = [one["text"] for one in journal("-u", unit) if one["time"] >= since]
     return [int(re.split(r"\D", text.split(what)[1])[0]) for text in lines if what in text]
+
+
+def dropin(unit: str, name: str, *lines: str) -> None:
+    folder = Path(f"/etc/systemd/system/{unit}.d")
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.conf").write_text("[Service]\n" + "\n".join(lines) + "\n")
+    call("systemctl", "daemon-reload")

@@ -1,4 +1,4 @@
-"""The service under a real systemd, which is booted once in namespaces of its own: see `boot` and `scenarios.py`. Each
+"""The service under a real systemd, which is booted once in namespaces of its own: see `boot`, `scenarios.py`. Each
 test judges what one scenario found there."""
 
 from __future__ import annotations
