@@ -14,7 +14,7 @@ import traceback
 # In the order of the help text.
 # isort: off
 from anytimed.cli import init, check, run, status, top, events, logs, data, asking, feed  # noqa: F401
-from anytimed.cli import pull, list_, verify, eval_, diff, sample, prove  # noqa: F401
+from anytimed.cli import pull, list_, verify, eval_, diff, sample, prove, install_service  # noqa: F401
 
 # isort: on
 from anytimed.cli.app import app, err
