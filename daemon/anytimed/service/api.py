@@ -4,6 +4,7 @@
     GET  /readyz    200 while it trains or waits for data, 503 while it stops
     GET  /status    everything it says of itself, as JSON
     GET  /metrics   the same figures for Prometheus (`exposition`)
+    GET  /          the dashboard, /history what it draws (`dashboard`)
     POST /export    publish x now; the answer comes when it is published
     POST /commit    write the resumable state now; the answer comes when it is durable
     POST /reload    take the configuration file anew: all of the change, or none and the reason
@@ -31,7 +32,8 @@ from starlette.routing import Route
 
 from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Json
-from anytimed.service import exposition
+from anytimed.service import dashboard, exposition
+from anytimed.service.history import History
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.records import Records
 from anytimed.service.requests import Commit, Export, Mailbox, Reload, Request
@@ -60,6 +62,7 @@ class Api:
         idle_s: Callable[[], float],
         foresee: Foresee,
         inboxes: Inboxes,
+        history: History | None = None,
     ) -> None:
         self._mailbox, self._status, self._idle_s, self._foreseen = mailbox, status, idle_s, foresee
         self.app = Starlette(
@@ -73,6 +76,7 @@ class Api:
                 Route("/reload", self._asking(Reload), methods=["POST"]),
                 Route("/foresee", self._foresee, methods=["POST"]),
                 Route("/records", Records(inboxes).post, methods=["POST"]),
+                *(dashboard.routes(history) if history is not None else ()),
             ]
         )
 

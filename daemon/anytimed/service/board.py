@@ -31,6 +31,7 @@ class Board:
         self._session, self._view, self._systemd = session, view, systemd
         self._outbox, self._keeper = outbox, keeper
         self._metrics = Metrics(session.run.metrics, session.run.status)
+        self.history = self._metrics.history
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
         self._loss: float | None = None

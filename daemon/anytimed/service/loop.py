@@ -80,7 +80,7 @@ class Daemon:
         self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
         self._inboxes = Inboxes(lambda: self._config, mailbox.post)
-        api = Api(mailbox, self.status, self._systemd.idle_s, self._foresee, self._inboxes)
+        api = Api(mailbox, self.status, self._systemd.idle_s, self._foresee, self._inboxes, self._board.history)
         self._control = Control(session.run.control_socket, api.app)
 
     def status(self) -> Json:
@@ -390,5 +390,6 @@ class Daemon:
         self._outbox.close()
         self._keeper.close()
         self._control.close()
+        self._board.history.close()
         self._session.failures.close()
         self._tell(always=True)

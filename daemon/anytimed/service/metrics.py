@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anytimed.contracts import Json
-from anytimed.storage.durable import append_line
+from anytimed.service.history import History
 
 
 class Metrics:
@@ -21,11 +21,16 @@ class Metrics:
 
     def __init__(self, path: Path, status: Path) -> None:
         self._path, self._status = path, status
+        self.history = History(path)
         self._failures: dict[Path, str] = {}
+        try:
+            self.history.load()
+        except OSError as error:
+            self._failures[path] = f"{path}: {error}"
 
     @property
     def failed(self) -> str | None:
-        return "; ".join(self._failures.values()) or None
+        return "; ".join(filter(None, (*self._failures.values(), self.history.problem))) or None
 
     def show(self, status: Json) -> None:
         """Replace status.json."""
@@ -41,9 +46,8 @@ class Metrics:
 
     def write(self, kind: str, **values: Any) -> None:
         told = {key: _json(value) for key, value in values.items()}
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **told}, separators=(",", ":"))
         try:
-            append_line(self._path, line.encode() + b"\n")
+            self.history.append({"kind": kind, "time": round(time.time(), 3), **told})
             self._failures.pop(self._path, None)
         except OSError as error:
             self._failures[self._path] = f"{self._path}: {error}"
