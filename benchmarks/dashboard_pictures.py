@@ -3,7 +3,7 @@
 .venv/bin/python benchmarks/dashboard_pictures.py [--to benchmarks/results] [--steps 400]
 
 Needs the test extras (playwright) and `apt-get install chromium`. The run is small: two sources of generated text, a
-few hundred steps. Writes dashboard-light.png and dashboard-dark.png at 1280 pixels, and with --narrow dashboard-390.png.
+few hundred steps. Writes dashboard-light.png and dashboard-dark.png at 1280 pixels, with --narrow dashboard-390.png.
 """
 
 from __future__ import annotations

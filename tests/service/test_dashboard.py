@@ -57,7 +57,8 @@ def told(**changes: Any) -> Json:
         "last_commit_age_s": 40.0, "resumed": None, "verification": None, "mirror": None,
         "export": {"step": 12_700, "checkpoint": "00003-000010-0000012700", "time": now - 200},
         "upload": None, "exports_url": "s3://bucket/it's books", "reload": None, "configured": now, "store": {},
-        "sources": {"main": source(), "more": source(share=0.5, rejected=17)}, "batches_ready": 3, "time": now, **changes,
+        "sources": {"main": source(), "more": source(share=0.5, rejected=17)}, "batches_ready": 3, "time": now,
+        **changes,
     }  # fmt: skip
 
 
@@ -135,6 +136,9 @@ def few_steps(history: History, count: int = 60) -> None:
         if n % 10 == 0:
             put(history, evaluation(n, loss_x=1 + 3 / n, **now), {**event(n, "commit"), **now})
     put(history, {**event(count, "rollback"), "time": time.time(), "told": "Went back to step 50"})
+
+
+CONTROLS = "a, button, select, summary, [tabindex='0'], input:not([type=radio])"
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +293,8 @@ def test_what_the_daemon_says_is_text(browser: Browser, tmp_path: Path) -> None:
     with staged(tmp_path) as stage:
         few_steps(stage.history, 5)
         stage.status = told(
-            state=HOSTILE, reason=HOSTILE, degraded=[HOSTILE], directory=f"/srv/{HOSTILE}", device=HOSTILE, run_id=HOSTILE,
-            exports_url=HOSTILE, sources={HOSTILE: source(unavailable=HOSTILE), "__proto__": source(lag_unit=HOSTILE)},
+            state=HOSTILE, reason=HOSTILE, degraded=[HOSTILE], directory=f"/srv/{HOSTILE}", device=HOSTILE,
+            run_id=HOSTILE, exports_url=HOSTILE, sources={HOSTILE: source(unavailable=HOSTILE), "__proto__": source(lag_unit=HOSTILE)},
             export={"step": 1, "checkpoint": HOSTILE, "time": time.time(), "digest": HOSTILE},
             accelerator={"name": HOSTILE, "memory_used_bytes": 3e9, "memory_total_bytes": 8e9, "utilisation": 0.4},
         )  # fmt: skip
@@ -356,19 +360,18 @@ def test_the_keyboard_reaches_everything_and_reads_the_curves(browser: Browser, 
     with visiting(browser, stage.url, reduced_motion="reduce") as visit:
         page = visit.page
         assert page.evaluate("document.getAnimations().length") == 0
-        controls = page.evaluate(
-            "[...document.querySelectorAll('a, button, select, summary, [tabindex=\"0\"], input:not([type=radio])')].length"
-        )
+        count = page.locator(CONTROLS).count()
         seen = set()
-        for _ in range(controls + 10):
+        for _ in range(count + 10):
             page.keyboard.press("Tab")
             seen.add(
                 page.evaluate("(() => { const a = document.activeElement; a.dataset.seen = 1; return a.tagName; })()")
             )
-        left = page.evaluate(
-            "[...document.querySelectorAll('a, button, select, summary, [tabindex=\"0\"], input:not([type=radio])')]"
-            ".filter((e) => !e.dataset.seen).map((e) => e.outerHTML)"
-        )
+        left = [
+            found.get_attribute("class")
+            for found in page.locator(CONTROLS).all()
+            if not found.get_attribute("data-seen")
+        ]
         assert left == [] and {"INPUT", "BUTTON", "A", "DIV"} <= seen
         assert page.evaluate("document.querySelectorAll('input[type=radio][data-seen]').length") == 2, (
             "one of each group"

@@ -1,8 +1,8 @@
 """metrics.jsonl: everything that was measured, in a file and in memory that both stay small however long a run lasts.
 
 `load` reads the file that an earlier start left; `append` writes a line and keeps its figures; `view` makes a picture's
-worth of them. Once the file has grown by enough, a thread of its own reads it again, thins what is old (`thinning`) into
-a file beside, adds what was appended meanwhile, and renames it: a crash leaves the old one or the new one. Neither
+worth of them. Once the file has grown by enough, a thread of its own reads it again, thins what is old (`thinning`)
+into a file beside, adds what was appended meanwhile, and renames it: a crash leaves the old one or the new one. Neither
 appending nor viewing waits for that. Nothing is fsynced but that file before its rename: a power cut costs figures,
 never the run. No line is fatal: one that is torn, garbage, or of another version is passed over.
 """
@@ -116,8 +116,8 @@ class History:
 
     def view(self, points: int, since_s: float = 0.0) -> Json:
         """At most about `points` rows of steps and of evaluations, by column, and as many events; all of them since a
-        time in seconds since 1970. Steps are means with `_low` and `_high`, evaluations the newest likewise; the tokens of
-        an evaluation are those trained on until its step. The newest are always among them."""
+        time in seconds since 1970. Steps are means with `_low` and `_high`, evaluations the newest likewise; the tokens
+        of an evaluation are those trained on until its step. The newest are always among them."""
         points = min(max(points, 4), MOST_POINTS)
         with self._lock:
             copies = {kind: series.rows() for kind, series in self._figures.series.items()}

@@ -31,7 +31,8 @@ TYPES = {
 }
 PAGE = "page.html"
 ASSETS = (
-    "style.css", "icon.svg", "main.js", "live.js", "model.js", "chart.js", "scale.js", "charts.js", "panels.js",
+    "style.css", "icon.svg", "main.js", "live.js", "model.js", "chart.js",
+    "lines.js", "scale.js", "charts.js", "panels.js",
     "format.js", "dom.js",
 )  # fmt: skip
 HEADERS = {

@@ -1,25 +1,13 @@
 // A chart of lines: drawn as SVG, read by pointer and by keyboard, told in a sentence and in a table.
-//
-// A series is { key, name, style, x, y, low, high, shown, plain }: columns of figures, null where there is none; low and high,
-// where given, draw a band; plain: a line alone in its chart, without markers. Style n has a colour, a dash and a marker of its own, so no line is told by its colour alone.
+// What a series is: see lines.js.
 
 import { el, refill, say, svg, table } from './dom.js';
+import { lastOf, line, nearest, sample } from './lines.js';
 import { axis, linearTicks, logTicks, range } from './scale.js';
 
 const HEIGHT = 216;
 const EDGE = { left: 46, right: 12, top: 14, bottom: 24 };
 const TABLE_ROWS = 12;
-export const STYLES = 7; // 0 is the quiet one
-const DASHES = ['', '', '7 3', '2 3', '10 3 2 3', '', '5 2 1 2'];
-const MARKERS = [
-  null,
-  (x, y) => `M${x - 3} ${y}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z`,
-  (x, y) => `M${x - 3} ${y - 3}h6v6h-6z`,
-  (x, y) => `M${x} ${y - 4}l4 7h-8z`,
-  (x, y) => `M${x} ${y - 4}l4 4l-4 4l-4 -4z`,
-  (x, y) => `M${x - 3} ${y - 3}l6 6m0 -6l-6 6`,
-  (x, y) => `M${x} ${y + 4}l4 -7h-8z`,
-];
 let made = 0;
 
 export class Chart {
@@ -69,10 +57,7 @@ export class Chart {
   }
 
   entry(s) {
-    const sample = svg('svg', { class: `sample s${s.style}`, viewBox: '0 0 30 10', width: 30, height: 10, 'aria-hidden': 'true' },
-      svg('path', { class: 'line', d: 'M1 5H29', 'stroke-dasharray': DASHES[s.style] || null }),
-      MARKERS[s.style] && !s.plain ? svg('path', { class: 'mark', d: MARKERS[s.style](15, 5) }) : null);
-    const button = el('button', { type: 'button' }, sample, el('span', { class: 'of' }, s.name), el('span', { class: 'value' }));
+    const button = el('button', { type: 'button' }, sample(s), el('span', { class: 'of' }, s.name), el('span', { class: 'value' }));
     button.addEventListener('click', () => {
       this.hidden.set(s.key, this.visible().some((v) => v.key === s.key));
       this.fillLegend();
@@ -103,7 +88,7 @@ export class Chart {
     frame.append(svg('clipPath', { id: this.clip }, svg('rect', { x: EDGE.left, y: EDGE.top, width: area.w, height: area.h })));
     this.drawAxes(frame, xs, y, area);
     const lines = svg('g', { 'clip-path': `url(#${this.clip})` });
-    for (const s of [...shown].sort((a, b) => (a.style === 0 ? -1 : b.style === 0 ? 1 : 0))) lines.append(this.line(s));
+    for (const s of [...shown].sort((a, b) => (a.style === 0 ? -1 : b.style === 0 ? 1 : 0))) lines.append(line(s, this.scale, this.kind));
     frame.append(lines);
     if (y.top > y.high) frame.append(svg('text', { class: 'off', x: EDGE.left + 4, y: EDGE.top - 4 }, `▲ up to ${this.text.yTick(y.top)}, off the scale`));
     this.over = svg('g');
@@ -130,42 +115,6 @@ export class Chart {
       frame.append(svg('path', { class: 'grid', d: `M${at} ${EDGE.top + area.h}v4` }));
     }
     frame.append(svg('path', { class: 'base', d: `M${EDGE.left} ${EDGE.top + area.h}h${area.w}` }));
-  }
-
-  line(s) {
-    const { x, y } = this.scale;
-    const place = (v) => Math.round(v * 10) / 10;
-    const parts = [];
-    const marks = [];
-    let pen = false;
-    let bare = -Infinity;
-    const few = s.x.length <= 24;
-    for (let i = 0; i < s.x.length; i += 1) {
-      if (s.y[i] === null || (this.kind === 'log' && s.x[i] <= 0)) {
-        if (s.gaps) pen = false;
-        continue;
-      }
-      const [px, py] = [place(x(s.x[i])), place(y(s.y[i]))];
-      parts.push(`${pen ? 'L' : 'M'}${px} ${py}`);
-      pen = true;
-      if (few || px - bare > 64) {
-        marks.push([px, py]);
-        bare = px;
-      }
-    }
-    const group = svg('g', { class: `s${s.style}` });
-    if (s.low) group.append(svg('path', { class: 'band', d: this.band(s, place) }));
-    group.append(svg('path', { class: 'line', d: parts.join(''), 'stroke-dasharray': DASHES[s.style] || null }));
-    if (MARKERS[s.style] && !s.plain) group.append(svg('path', { class: 'mark', d: marks.map(([px, py]) => MARKERS[s.style](px, py)).join('') }));
-    return group;
-  }
-
-  band(s, place) {
-    const { x, y } = this.scale;
-    const at = s.x.map((_, i) => i).filter((i) => s.low[i] !== null && s.high[i] !== null && (this.kind !== 'log' || s.x[i] > 0));
-    const up = at.map((i) => `${place(x(s.x[i]))} ${place(y(s.high[i]))}`);
-    const back = at.reverse().map((i) => `${place(x(s.x[i]))} ${place(y(s.low[i]))}`);
-    return up.length ? `M${[...up, ...back].join('L')}z` : '';
   }
 
   // --- reading it
@@ -270,18 +219,4 @@ export class Chart {
     const columns = [[this.text.x, ''], ...shown.map((s) => [s.name, 'n'])];
     this.rows.replaceChildren(table(`${this.text.title}, ${this.text.unit}, newest first`, columns, rows, { class: 'small' }));
   }
-}
-
-// The row of a series that is nearest to x, and near enough: not beyond its ends.
-function nearest(s, x) {
-  let best = null;
-  for (let i = 0; i < s.x.length; i += 1) {
-    if (s.y[i] !== null && (best === null || Math.abs(s.x[i] - x) < Math.abs(s.x[best] - x))) best = i;
-  }
-  return best;
-}
-
-function lastOf(s) {
-  const at = s.y.findLastIndex((v) => v !== null);
-  return at < 0 ? null : at;
 }

@@ -1,7 +1,8 @@
 // The four charts, and which columns of the history each draws.
 
-import { Chart, STYLES } from './chart.js';
+import { Chart } from './chart.js';
 import { clock, fixed, loss, short, tick, whole } from './format.js';
+import { STYLES } from './lines.js';
 
 const MOST_SOURCES = 5; // shown at first; the others can be chosen
 const tokens = { x: 'tokens', xText: (x) => `${short(x)} tokens`, xTick: tick };
