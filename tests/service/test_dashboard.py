@@ -294,7 +294,8 @@ def test_what_the_daemon_says_is_text(browser: Browser, tmp_path: Path) -> None:
         few_steps(stage.history, 5)
         stage.status = told(
             state=HOSTILE, reason=HOSTILE, degraded=[HOSTILE], directory=f"/srv/{HOSTILE}", device=HOSTILE,
-            run_id=HOSTILE, exports_url=HOSTILE, sources={HOSTILE: source(unavailable=HOSTILE), "__proto__": source(lag_unit=HOSTILE)},
+            run_id=HOSTILE, exports_url=HOSTILE,
+            sources={HOSTILE: source(unavailable=HOSTILE), "__proto__": source(lag_unit=HOSTILE)},
             export={"step": 1, "checkpoint": HOSTILE, "time": time.time(), "digest": HOSTILE},
             accelerator={"name": HOSTILE, "memory_used_bytes": 3e9, "memory_total_bytes": 8e9, "utilisation": 0.4},
         )  # fmt: skip
@@ -329,6 +330,23 @@ def test_what_the_daemon_says_is_text(browser: Browser, tmp_path: Path) -> None:
             assert losses[:4] == ["2.0000", "1.0000", "2.0000", "3.0000"]
             assert page.evaluate("document.title").startswith("⚠ ")
             assert visit.complaints == [] and all(url.startswith(stage.url) for url in visit.requests)
+
+
+@pytest.mark.parametrize("width", [1280, 390, 320])
+def test_many_sources_with_long_names_fit(browser: Browser, tmp_path: Path, width: int) -> None:
+    names = [f"a-rather-long-name-of-a-source-{i}" for i in range(12)]
+    with staged(tmp_path) as stage:
+        put(stage.history, *(step(n, prequential=dict.fromkeys(names, 2 + 1 / n)) for n in range(1, 20)))
+        stage.status = told(sources={name: source() for name in names}, exports_url="s3://" + "x" * 200)
+        with visiting(browser, stage.url, width=width) as visit:
+            for summary in visit.page.locator("summary").all():
+                summary.click()
+            until(visit.page, "document.querySelectorAll('.chart:nth-child(2) tbody tr').length > 5")
+            assert visit.page.evaluate("document.documentElement.scrollWidth") == width
+            assert visit.page.locator(".chart:nth-child(2) .plot path.line").count() == 6
+            last = visit.page.locator(".chart:nth-child(2) .legend button").last
+            last.click()
+            assert visit.page.locator(".chart:nth-child(2) .plot path.line").count() == 7
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

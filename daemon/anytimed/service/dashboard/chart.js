@@ -27,9 +27,12 @@ export class Chart {
       class: 'plot', tabindex: 0, role: 'slider', 'aria-label': `${text.title}: place in the run`,
       'aria-describedby': `${id}-told`, 'aria-orientation': 'horizontal',
     });
-    this.rows = el('div');
+    this.rows = el('div', { class: 'rows', role: 'group', 'aria-label': `${text.title}, as a table` });
     this.details = el('details', {}, el('summary', {}, 'as a table'), this.rows);
-    this.details.addEventListener('toggle', () => this.fillTable());
+    this.details.addEventListener('toggle', () => {
+      this.rows.tabIndex = this.details.open ? 0 : -1; // it may be wider than its place
+      this.fillTable();
+    });
     this.node = el('figure', { class: 'chart', 'aria-labelledby': `${id}-title` },
       el('div', { class: 'head' }, el('h3', { id: `${id}-title` }, text.title), el('span', { class: 'quiet' }, text.unit), this.at),
       this.legend, this.plot, this.summary, this.details);
@@ -90,7 +93,7 @@ export class Chart {
     const lines = svg('g', { 'clip-path': `url(#${this.clip})` });
     for (const s of [...shown].sort((a, b) => (a.style === 0 ? -1 : b.style === 0 ? 1 : 0))) lines.append(line(s, this.scale, this.kind));
     frame.append(lines);
-    if (y.top > y.high) frame.append(svg('text', { class: 'off', x: EDGE.left + 4, y: EDGE.top - 4 }, `▲ up to ${this.text.yTick(y.top)}, off the scale`));
+    if (y.top > y.high) frame.append(svg('text', { class: 'off', x: EDGE.left + 4, y: EDGE.top - 4 }, `▲ up to ${this.text.yText(y.top)}, off the scale`));
     this.over = svg('g');
     frame.append(this.over);
     this.plot.replaceChildren(frame);
@@ -100,10 +103,12 @@ export class Chart {
 
   drawAxes(frame, xs, y, area) {
     const { scale } = this;
-    for (const value of linearTicks(y.low, y.high, 5)) {
+    const levels = linearTicks(y.low, y.high, 5);
+    const step = levels.length > 1 ? levels[1] - levels[0] : y.high - y.low;
+    for (const value of levels) {
       const at = scale.y(value);
       frame.append(svg('path', { class: 'grid', d: `M${EDGE.left} ${at}h${area.w}` }),
-        svg('text', { class: 'tick y', x: EDGE.left - 7, y: at + 4 }, this.text.yTick(value)));
+        svg('text', { class: 'tick y', x: EDGE.left - 7, y: at + 4 }, this.text.yTick(value, step)));
     }
     const about = Math.max(2, Math.floor(area.w / 78));
     const ticks = this.text.xTicks?.(xs[0], xs.at(-1), about)

@@ -5,8 +5,13 @@ import { clock, fixed, loss, short, tick, whole } from './format.js';
 import { STYLES } from './lines.js';
 
 const MOST_SOURCES = 5; // shown at first; the others can be chosen
+// As many decimals as the distance of two ticks needs.
+const graded = (value, step) => {
+  const digits = [0, 1, 2, 3, 4, 5].find((d) => Math.abs(step * 10 ** d - Math.round(step * 10 ** d)) < 1e-6 * step * 10 ** d);
+  return fixed(value, digits ?? 6);
+};
 const tokens = { x: 'tokens', xText: (x) => `${short(x)} tokens`, xTick: tick };
-const nats = { unit: 'nats per token', yText: loss, yTick: (y) => fixed(y, y < 10 ? 2 : 1) };
+const nats = { unit: 'nats per token', yText: loss, yTick: graded };
 
 const HOUR = 3600;
 const EVERY = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, HOUR, 2 * HOUR, 3 * HOUR, 6 * HOUR, 12 * HOUR];
@@ -35,7 +40,7 @@ export class Charts {
       title: 'Speed', unit: 'tokens per second', x: 'time', xText: (x) => clock(x), xTicks: timeTicks,
       yText: (y) => whole(y), yTick: tick, zero: true,
     });
-    this.gradient = new Chart({ title: 'Gradient norm', unit: 'at y', yText: (y) => fixed(y, 3), yTick: (y) => fixed(y, y < 10 ? 2 : 0), ...tokens });
+    this.gradient = new Chart({ title: 'Gradient norm', unit: 'at y', yText: (y) => fixed(y, 3), yTick: graded, ...tokens });
     node.replaceChildren(...[this.holdout, this.prequential, this.speed, this.gradient].map((chart) => chart.node));
   }
 

@@ -43,7 +43,7 @@ function figures(status, now) {
     ['tokens', short(status.tokens), ''],
     ['speed', short(status.tokens_per_s), 'tokens/s'],
     ['batch loss', loss(status.loss), 'nats per token, at y'],
-    ['hold-out loss of x', loss(evaluation?.loss_x), evaluation ? `y ${loss(evaluation.loss_y)} · step ${whole(evaluation.step)}` : 'not evaluated yet'],
+    ['hold-out loss of x', loss(evaluation?.loss_x), evaluation ? `y ${loss(evaluation.loss_y)}` : 'not evaluated yet'],
     ['last commit', age(commit, now), commit ? `ago · step ${whole(commit.step)}` : ''],
     ['last export', age(published, now), published ? `ago · step ${whole(published.step)}` : ''],
   ];
@@ -61,14 +61,16 @@ export function showFigures(status, now) {
   const found = figures(status, now);
   const node = by('figures');
   refill(node, found.map(([name]) => name).join(), () => found.map(([name, , , level]) => el('div', {},
-    el('dt', {}, name), el('dd', { class: 'value' }), el('dd', { class: 'quiet' }),
-    level === undefined ? null : el('dd', { class: 'level' }, el('meter', { min: 0, max: 1, 'aria-label': name })))));
+    el('dt', {}, name), el('dd', { class: 'value' }),
+    level === undefined ? null : el('dd', { class: 'level' }, el('meter', { min: 0, max: 1, 'aria-label': name })),
+    el('dd', { class: 'quiet' }))));
   found.forEach(([, value, note, level], i) => {
-    const [, shown, beside, meter] = node.children[i].children;
+    const figure = node.children[i];
+    const shown = figure.querySelector('.value');
     say(shown, value);
     shown.classList.toggle('words', value.length > 10);
-    say(beside, note);
-    if (meter && Number.isFinite(level)) meter.firstChild.value = level;
+    say(figure.querySelector('.quiet'), note);
+    if (Number.isFinite(level)) figure.querySelector('meter').value = level;
   });
 }
 

@@ -63,6 +63,6 @@ export function range(points, { zero = false } = {}) {
   low = foot >= low - 0.6 * span ? foot : low - 0.25 * span;
   high = Math.max(high, newest[1]);
   low = zero ? Math.min(0, low) : Math.min(low, newest[1]);
-  const pad = 0.06 * Math.max(high - low, Math.abs(high) * 0.02, 1e-9);
+  const pad = Math.max(0.06 * (high - low), 0.004 * Math.abs(high), 1e-9);
   return { low: zero && low === 0 ? 0 : low - pad, high: high + pad, top, foot };
 }
