@@ -9,9 +9,11 @@ few hundred steps. Writes dashboard-light.png and dashboard-dark.png at 1280 pix
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from tests import tiny
 from tests.service.browser import bridged, chromium, visiting
@@ -24,8 +26,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--narrow", action="store_true", help="one of a narrow window as well")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "books"
+    to = arguments.to.resolve()
+    # From inside, so that no picture shows where this machine keeps its scratch folders.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        folder = Path("books")
         tiny.write_text(folder / "data", 400)
         tiny.write_text(folder / "notes", 200, prefix="note", seed=5)
         notes = {"type": "text", "url": str(folder / "notes" / "*.txt"), "weight": 0.5}
@@ -37,7 +41,10 @@ def main() -> None:
             for name, width, scheme in wanted:
                 with visiting(browser, url, width=width, color_scheme=scheme) as visit:
                     time.sleep(2)
-                    visit.page.screenshot(path=arguments.to / f"dashboard-{name}.png", full_page=True)
+                    # Without its foot, which names the run's folder on this machine.
+                    height = visit.page.evaluate("document.getElementById('main').getBoundingClientRect().bottom + 16")
+                    clip: Any = {"x": 0, "y": 0, "width": width, "height": height}
+                    visit.page.screenshot(path=to / f"dashboard-{name}.png", full_page=True, clip=clip)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_the_history_is_given_in_as_many_points_as_asked_for(stage: Stage) -> No
 
 
 def test_it_shows_the_run_and_stays_current_by_events_alone(browser: Browser, stage: Stage) -> None:
-    with visiting(browser, stage.url) as visit:
+    with visiting(browser, stage.url, permissions=["clipboard-read", "clipboard-write"]) as visit:
         page = visit.page
         assert text(page, "#state") == "training" and "2 h 01 min" in text(page, "#since")
         shown = text(page, "#figures")
@@ -245,6 +245,12 @@ def test_it_shows_the_run_and_stays_current_by_events_alone(browser: Browser, st
         assert "12 801" in text(page, "#figures")
         assert "7.7777" in text(page, ".chart:nth-child(2) .legend")
         assert "0.4242" in text(page, ".chart:nth-child(1) .legend")
+        page.click(".copy")
+        until(page, "document.querySelector('.copy').textContent === 'Copied'")
+        assert page.evaluate("navigator.clipboard.readText()") == text(page, "#command")
+        stage.record({**event(61, "export"), "id": "1-e", "checkpoint": "00003-000011-0000000061"})
+        until(page, "document.querySelector('#recent code').textContent === '00003-000011-0000000061'")
+        assert page.evaluate("document.activeElement.className") == "copy", "what is in hand stays"
         before = text(page, "#figures")
         page.wait_for_timeout(1500)
         assert text(page, "#figures") != before, "ages tick between two statuses"
@@ -287,6 +293,15 @@ def test_without_a_stream_of_events_it_asks(browser: Browser, stage: Stage) -> N
         stage.record(step(62, loss=8.8888))
         until(visit.page, "document.getElementById('figures').textContent.includes('14\\u202f000')")
         until(visit.page, "document.getElementById('charts').textContent.includes('8.8888')")
+
+
+def test_a_window_that_nobody_looks_at_holds_no_connection(browser: Browser, stage: Stage) -> None:
+    with visiting(browser, stage.url) as visit:
+        until(visit.page, "document.getElementById('contact').textContent === 'live'")
+        for hidden, contact in (("true", "asking every 2 s"), ("false", "live")):
+            visit.page.evaluate(f"Object.defineProperty(document, 'hidden', {{ value: {hidden}, configurable: true }})")
+            visit.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            until(visit.page, f"document.getElementById('contact').textContent === '{contact}'")
 
 
 def test_what_the_daemon_says_is_text(browser: Browser, tmp_path: Path) -> None:

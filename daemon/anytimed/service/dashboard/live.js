@@ -26,7 +26,7 @@ export class Live {
     await Promise.allSettled([this.askStatus(), this.askHistory()]);
     this.connect();
     setInterval(() => this.look(), 1000);
-    document.addEventListener('visibilitychange', () => document.hidden || this.look());
+    document.addEventListener('visibilitychange', () => (document.hidden ? this.disconnect() : this.connect()));
   }
 
   silentFor() {
@@ -43,8 +43,18 @@ export class Live {
     this.say.contact();
   }
 
+  // A browser has six connections to a host, for all of its windows: one that nobody looks at takes none.
+  disconnect() {
+    clearTimeout(this.again);
+    this.stream?.close();
+    this.stream = null;
+    this.streaming = false;
+  }
+
   connect() {
+    this.disconnect();
     const stream = new EventSource('events');
+    this.stream = stream;
     stream.onopen = () => {
       const again = this.opened;
       this.streaming = this.opened = true;
@@ -64,7 +74,7 @@ export class Live {
     stream.onerror = () => {
       this.streaming = false;
       // The browser tries again where a connection broke off, and gives up where the answer was no stream.
-      if (stream.readyState === EventSource.CLOSED) setTimeout(() => this.connect(), AGAIN_MS);
+      if (stream.readyState === EventSource.CLOSED) this.again = setTimeout(() => this.connect(), AGAIN_MS);
       this.look();
     };
   }
@@ -73,7 +83,7 @@ export class Live {
   look() {
     const silent = this.heardAt === null ? Infinity : performance.now() - this.heardAt;
     if (silent > (this.streaming ? SILENT_MS : POLL_MS - 500)) this.askStatus();
-    if (!this.streaming && silent < LOST_MS && performance.now() - this.historyAt > HISTORY_MS) this.askHistory();
+    if (!this.streaming && !document.hidden && silent < LOST_MS && performance.now() - this.historyAt > HISTORY_MS) this.askHistory();
     if (silent > LOST_MS + (this.streaming ? SILENT_MS : 0)) this.lost = true;
     this.say.contact();
   }

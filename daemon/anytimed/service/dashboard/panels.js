@@ -114,20 +114,23 @@ export function showCheckpoints(status, events, now) {
   const command = `anytimed pull ${quoted(url)} --to model`;
   const digest = published?.digest ?? published?.sha256;
   const recent = events.filter((event) => event.what === 'commit' || event.what === 'export').slice(-MOST_CHECKPOINTS).reverse();
-  const key = JSON.stringify([published, commit, mirror?.commit, mirror?.url, upload?.checkpoint, verification, command, recent.map((e) => [e.id, e.step, e.time])]);
-  refill(by('checkpoints'), key, () => [
-    el('div', { class: 'copyable' }, el('code', { id: 'command', tabindex: 0, role: 'group', 'aria-label': 'Command that pulls the newest export' }, command), copier(command)),
-    el('dl', { class: 'facts' },
-      ...fact('newest export', published ? el('code', {}, published.checkpoint ?? NONE) : 'none yet', published),
-      ...(digest ? fact('digest', el('code', { title: digest }, digest)) : []),
-      ...fact('published at', el('code', {}, url || NONE)),
-      ...(upload ? fact('uploading', el('code', {}, upload.checkpoint), null, el('span', { class: 'quiet', id: 'upload' })) : []),
-      ...fact('newest commit', commit ? el('code', {}, String(commit.path ?? '').split('/').slice(-2).join('/')) : 'none yet', commit),
-      ...(mirror ? fact('mirror', el('code', {}, mirror.url), mirror.commit) : []),
-      ...(verification ? fact('commits read again', verification.found, verification) : [])),
-    recent.length ? table('Recent commits and exports, newest first', [['kind', ''], ['step', 'n'], ['what', 'words'], ['age', 'n']],
-      recent.map((e) => [e.what, whole(e.step), el('code', {}, named(e)), ticking(e.time)]), { class: 'small', seen: true }) : el('span'),
+  // In three parts: what the reader may have in hand, the command, stays while the others change.
+  refill(by('pull'), command, () => [el('div', { class: 'copyable' },
+    el('code', { id: 'command', tabindex: 0, role: 'group', 'aria-label': 'Command that pulls the newest export' }, command), copier(command))]);
+  const key = JSON.stringify([published, commit, mirror?.commit, mirror?.url, upload?.checkpoint, verification, url]);
+  refill(by('facts'), key, () => [
+    ...fact('newest export', published ? el('code', {}, published.checkpoint ?? NONE) : 'none yet', published),
+    ...(digest ? fact('digest', el('code', {}, digest)) : []),
+    ...fact('published at', el('code', {}, url || NONE)),
+    ...(upload ? fact('uploading', el('code', {}, upload.checkpoint), null, el('span', { class: 'quiet', id: 'upload' })) : []),
+    ...fact('newest commit', commit ? el('code', {}, String(commit.path ?? '').split('/').slice(-2).join('/')) : 'none yet', commit),
+    ...(mirror ? fact('mirror', el('code', {}, mirror.url), mirror.commit) : []),
+    ...(verification ? fact('commits read again', verification.found, verification) : []),
   ]);
+  refill(by('recent'), JSON.stringify(recent.map((e) => [e.id, e.step, e.time])), () => (recent.length ? [table(
+    'Recent commits and exports, newest first', [['kind', ''], ['step', 'n'], ['what', 'words'], ['age', 'n']],
+    recent.map((e) => [e.what, whole(e.step), el('code', {}, named(e)), ticking(e.time)]), { class: 'small', seen: true },
+  )] : []));
   if (upload && by('upload')) {
     say(by('upload'), `${bytes(upload.done_bytes)} of ${bytes(upload.total_bytes)}, ${bytes(upload.bytes_per_s)}/s`);
   }
