@@ -1,10 +1,11 @@
 """A year behind the dashboard: how large its history gets, how long it takes to open, what an append costs.
 
-.venv/bin/python benchmarks/dashboard.py [--records 31536000] [--appended 1000000]
+PYTHONPATH=. .venv/bin/python benchmarks/dashboard.py [--records 31536000] [--appended 1000000]
 
 A step record every second, an evaluation every 100 s, a commit every minute and an intervention every hour, with two
 sources. `--records` of them go through the thinning as the daemon does it, without its file; `--appended` through
-`History.append`, file and thread included. Results: benchmarks/results/dashboard.json."""
+`History.append`, file and thread included, and are then opened in Chromium (test extras, `apt-get install chromium`).
+0 leaves one out. Results: benchmarks/results/dashboard.json."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ import json
 import math
 import os
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +23,8 @@ from typing import Any
 from anytimed.contracts import Json
 from anytimed.service.history import History, line_of
 from anytimed.service.thinning import Thinner
+from tests.service.browser import chromium, visiting
+from tests.service.test_dashboard import staged
 
 START = 1_700_000_000
 
@@ -107,18 +109,28 @@ def appended(count: int, folder: Path) -> Json:
     return {**told, **opened(folder / "metrics.jsonl")}
 
 
+def page_opened(folder: Path) -> Json:
+    """Milliseconds from the navigation to what is drawn, in Chromium, sorted."""
+    with staged(folder) as stage, chromium() as browser:
+        took = []
+        for _ in range(7):
+            with visiting(browser, stage.url) as visit:
+                took.append(round(visit.page.evaluate("performance.getEntriesByName('rendered')[0].startTime")))
+    return {"page_ms": sorted(took)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--records", type=int, default=365 * 24 * 3600, help="steps that are thinned")
     parser.add_argument("--appended", type=int, default=1_000_000, help="steps that are appended")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/dashboard.json"))
     arguments = parser.parse_args()
+    told: Json = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        told = {
-            "appended": appended(arguments.appended, Path(folder)),
-            "year": thinned(arguments.records, Path(folder)),
-        }
-    told["rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if arguments.appended:
+            told["appended"] = appended(arguments.appended, Path(folder)) | page_opened(Path(folder))
+        if arguments.records:
+            told["year"] = thinned(arguments.records, Path(folder))
     told["cores"] = os.cpu_count()
     print(json.dumps(told, indent=1))
     arguments.json.write_text(json.dumps(told, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Takes the README's pictures of the dashboard from a run of its own, with Debian's Chromium.
 
-.venv/bin/python benchmarks/dashboard_pictures.py [--to benchmarks/results] [--steps 400]
+PYTHONPATH=. .venv/bin/python benchmarks/dashboard_pictures.py [--to benchmarks/results] [--steps 400]
 
 Needs the test extras (playwright) and `apt-get install chromium`. The run is small: two sources of generated text, a
 few hundred steps. Writes dashboard-light.png and dashboard-dark.png at 1280 pixels, with --narrow dashboard-390.png.
