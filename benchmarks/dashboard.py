@@ -1,11 +1,14 @@
 """A year behind the dashboard: how large its history gets, how long it takes to open, what an append costs.
 
-PYTHONPATH=. .venv/bin/python benchmarks/dashboard.py [--records 31536000] [--appended 1000000]
+PYTHONPATH=. .venv/bin/python benchmarks/dashboard.py [--records 1000000] [--appended 1000000]
 
 A step record every second, an evaluation every 100 s, a commit every minute and an intervention every hour, with two
-sources. `--records` of them go through the thinning as the daemon does it, without its file; `--appended` through
-`History.append`, file and thread included, and are then opened in Chromium (test extras, `apt-get install chromium`).
-0 leaves one out. Results: benchmarks/results/dashboard.json."""
+sources. `--appended` of the steps go through `History.append`, file and thread included, and are then opened in
+Chromium (test extras, `apt-get install chromium`). `--records` of them go through the thinning as the daemon does it,
+without its file: 31536000 are the whole year, and take half an hour. The year itself is gone through quickly, by the
+rule on numbers alone: the lines that it leaves are written, with those of 20,000 s more that are not thinned yet, and
+opened. 0 leaves one out. Results: benchmarks/results/dashboard.json.
+"""
 
 from __future__ import annotations
 
@@ -22,42 +25,41 @@ from typing import Any
 
 from anytimed.contracts import Json
 from anytimed.service.history import History, line_of
-from anytimed.service.thinning import Thinner
+from anytimed.service.thinning import EARLY, FIELDS, KEEP, KEPT, Thinner, partition, short
 from tests.service.browser import chromium, visiting
 from tests.service.test_dashboard import staged
 
 START = 1_700_000_000
+YEAR = 365 * 24 * 3600
+EVERY = {"step": 1, "evaluation": 100, "commit": 60, "spike": 3600}
+"""Seconds."""
 
 
-def records(count: int, seed: int = 1) -> Iterator[Json]:
-    """About a second each."""
-    draw = random.Random(seed)
-    for i in range(1, count + 1):
-        at = {"time": START + i, "step": 10 * i, "tokens": 20_480 * i}
-        loss = 1.6 + 8 / math.sqrt(i + 4) + draw.gauss(0, 0.05)
-        yield {
-            "kind": "step", **at, "loss": loss, "tokens_per_s": 20_480 + draw.gauss(0, 300), "skipped": 0,
-            "grad_norm": 0.4 + draw.random() / 10, "batches_ready": 3,
-            "prequential": {"main": loss + 0.01234567890123, "more": loss - 0.02345678901234},
-        }  # fmt: skip
-        if i % 100 == 0:
-            losses = {"loss_x": loss - 0.1234567890123, "loss_y": loss - 0.0912345678901, "loss_z": loss + 0.3}
-            both = {name: {"targets": 8000, **losses} for name in ("main", "more")}
-            yield {"kind": "evaluation", **at, "holdout": "5c" * 32, "targets": 16_000, **losses, "by_source": both}
-        if i % 60 == 0:
-            told = f"Committed step {10 * i:,}: commits/{i // 60:06d}-{10 * i:010d}"
-            yield {"kind": "event", "what": "commit", **at, "id": f"1-{i}", "told": told}
-        if i % 3600 == 0:
-            told = f"Step {10 * i:,} spiked: loss 9.1, gradient norm 14"
-            yield {
-                "kind": "event",
-                "what": "spike",
-                **at,
-                "id": f"1-s{i}",
-                "told": told,
-                "loss": 9.1,
-                "grad_norm": 14.0,
-            }
+def records(count: int) -> Iterator[Json]:
+    """Of so many seconds."""
+    for second in range(1, count + 1):
+        for record in moment(second):
+            if second % EVERY[record.get("what", record["kind"])] == 0:
+                yield record
+
+
+def moment(second: int) -> Iterator[Json]:
+    """All that could be recorded in a second."""
+    draw = random.Random(second)
+    at = {"time": START + second, "step": 10 * second, "tokens": 20_480 * second}
+    loss = 1.6 + 8 / math.sqrt(second + 4) + draw.gauss(0, 0.05)
+    yield {
+        "kind": "step", **at, "loss": loss, "tokens_per_s": 20_480 + draw.gauss(0, 300), "skipped": 0,
+        "grad_norm": 0.4 + draw.random() / 10, "batches_ready": 3,
+        "prequential": {"main": loss + 0.01234567890123, "more": loss - 0.02345678901234},
+    }  # fmt: skip
+    losses = {"loss_x": loss - 0.1234567890123, "loss_y": loss - 0.0912345678901, "loss_z": loss + 0.3}
+    both = {name: {"targets": 8000, **losses} for name in ("main", "more")}
+    yield {"kind": "evaluation", **at, "holdout": "5c" * 32, "targets": 16_000, **losses, "by_source": both}
+    told = f"Committed step {10 * second:,}: commits/{second // 60:06d}-{10 * second:010d}"
+    yield {"kind": "event", "what": "commit", **at, "id": f"1-{second}", "told": told}
+    told = f"Step {10 * second:,} spiked: loss 9.1, gradient norm 14"
+    yield {"kind": "event", "what": "spike", **at, "id": f"1-s{second}", "told": told, "loss": 9.1, "grad_norm": 14.0}
 
 
 def opened(path: Path) -> Json:
@@ -82,7 +84,7 @@ def thinned(count: int, folder: Path) -> Json:
     for record in records(count):
         thinner.add(line_of(record))
         largest = max(largest, thinner.bytes)
-    path = folder / "year.jsonl"
+    path = folder / "thinned.jsonl"
     path.write_bytes(b"".join(raw + b"\n" for raw in thinner.lines()))
     spent = time.process_time() - began
     return {
@@ -109,6 +111,40 @@ def appended(count: int, folder: Path) -> Json:
     return {**told, **opened(folder / "metrics.jsonl")}
 
 
+def year(folder: Path) -> Json:
+    """What the rule leaves of a year, and 20,000 seconds after it as they came."""
+    path, lines, began = folder / "year.jsonl", [], time.perf_counter()
+    for group, every in (("step", 1), ("evaluation", 100), ("routine", 60), ("lasting", 3600)):
+        spans: list[int] = []
+        count, batch = YEAR // every, 20_000 // every + 1
+        for first in range(0, count, batch):
+            more = [*spans, *[1] * min(batch, count - first)]
+            early = EARLY if group in FIELDS else 0
+            spans = [sum(more[a:b]) for a, b in partition(more, KEEP[group], early)]
+        at = 0
+        for span in [*spans, *[1] * batch]:
+            at += span
+            lines.append(line_of(one(group, at * every, span)))
+    path.write_bytes(b"".join(raw + b"\n" for raw in sorted(lines, key=lambda raw: json.loads(raw)["time"])))
+    return {"records": YEAR, "took_s": round(time.perf_counter() - began, 1), **opened(path)}
+
+
+def one(group: str, second: int, of: int) -> Json:
+    """A line of that second, as the thinning writes one for `of` records."""
+    kinds = {"step": "step", "evaluation": "evaluation", "routine": "commit", "lasting": "spike"}
+    found = next(r for r in moment(second) if kinds[group] in (r["kind"], r.get("what")))
+    if of == 1:
+        return found
+    if group not in FIELDS:
+        return {**found, "of": of}
+    told = {key: found[key] for key in KEPT[group] if key in found}
+    told |= {field: short(found[field]) for field in FIELDS[group]}
+    if group == "step":
+        told["prequential"] = {name: short(loss) for name, loss in found["prequential"].items()}
+    ranges = {field: [short(found[field] * 0.9), short(found[field] * 1.1)] for field in FIELDS[group]}
+    return {**told, "of": of, "range": ranges}
+
+
 def page_opened(folder: Path) -> Json:
     """Milliseconds from the navigation to what is drawn, in Chromium, sorted."""
     with staged(folder) as stage, chromium() as browser:
@@ -121,7 +157,7 @@ def page_opened(folder: Path) -> Json:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--records", type=int, default=365 * 24 * 3600, help="steps that are thinned")
+    parser.add_argument("--records", type=int, default=1_000_000, help="steps that are thinned")
     parser.add_argument("--appended", type=int, default=1_000_000, help="steps that are appended")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/dashboard.json"))
     arguments = parser.parse_args()
@@ -130,7 +166,8 @@ def main() -> None:
         if arguments.appended:
             told["appended"] = appended(arguments.appended, Path(folder)) | page_opened(Path(folder))
         if arguments.records:
-            told["year"] = thinned(arguments.records, Path(folder))
+            told["thinned"] = thinned(arguments.records, Path(folder))
+        told["year"] = year(Path(folder))
     told["cores"] = os.cpu_count()
     print(json.dumps(told, indent=1))
     arguments.json.write_text(json.dumps(told, indent=1) + "\n")
