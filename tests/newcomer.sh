@@ -5,6 +5,9 @@
 set -euo pipefail
 cd "${1:?usage: newcomer.sh FOLDER}"
 say() { printf '\n$ %s\n' "$*"; "$@"; }
+# until_ WHAT COMMAND…: once a second until the command succeeds; after two minutes the end
+until_() { local what=$1; shift; for _ in $(seq 120); do "$@" && return 0; sleep 1; done; echo "never: $what"; cat run.log; exit 1; }
+told() { anytimed status state/run --json 2>/dev/null | python3 -c "import json, sys; status = json.load(sys.stdin); sys.exit(not ($1))" 2>/dev/null; }
 daemon='' follower=''
 ended() { for pid in $daemon $follower; do kill "$pid" 2>/dev/null || true; done; }
 trap ended EXIT
@@ -18,43 +21,29 @@ sed -i -e 's/^hidden_size = .*/hidden_size = 32/' -e 's/^layers = .*/layers = 2/
   -e 's/^sequence_length = .*/sequence_length = 64/' -e 's/^batch_size = .*/batch_size = 4/' \
   -e 's|^url = "{stdlib}.*|url = "texts/*.txt"|' -e '/^exclude = /d' -e 's/^# fraction = .*/fraction = 0.1/' \
   -e 's/^# every_steps = 100 .*/every_steps = 10/' my.toml
+sed -i 's/^# when_dry = "wait" .*/when_dry = "others"/' my.toml
 printf '\n[sources.mine]\ntype = "inbox"\nwhen_dry = "others"\n' >> my.toml
 say anytimed check my.toml
 
 echo; echo '$ anytimed run my.toml &'
 anytimed run my.toml > run.log 2>&1 & daemon=$!
-for _ in $(seq 600); do
-  grep -q 'waiting for data' <(anytimed status state/run 2>/dev/null || true) && break
-  kill -0 "$daemon" || { cat run.log; exit 1; }
-  sleep 0.2
-done
+until_ 'everything read' told 'status["state"] == "waiting for data"'
 
 for n in $(seq 1 30); do echo "{\"text\": \"fed record $n, $(seq -s ' ' 100 160)\"}"; done > mine.jsonl
 say anytimed feed state/run mine.jsonl --source mine
-for _ in $(seq 600); do
-  anytimed status state/run --json | python3 -c '
-import json, sys; status = json.load(sys.stdin); source = status["sources"]["mine"]
-sys.exit(not (source["records"] + source["held_out"] == 30 and status["state"] == "waiting for data"))' && break
-  sleep 0.2
-done
+until_ 'trained on what was fed' told 'status["sources"]["mine"]["records"] + status["sources"]["mine"]["held_out"] == 30 and status["state"] == "waiting for data"'
 say anytimed status state/run
 say anytimed export state/run
 
 echo; echo '$ anytimed pull state/published --to model --follow --exec "…" &'
 anytimed pull state/published --to model --follow --every 1 --exec 'cp {path}/manifest.json told.json' > follow.log 2>&1 & follower=$!
-for _ in $(seq 300); do [ -f told.json ] && break; sleep 0.2; done
-[ -f told.json ] || { cat follow.log; exit 1; }
+until_ 'pulled, and the command ran' test -f told.json
 first=$(readlink model/current)
-echo 'more to learn from, later' > texts/.new; for n in $(seq 50 90); do seq -s ' ' "$n" $((n + 200)) > "texts/.$n"; mv "texts/.$n" "texts/$n.txt"; done
-before=$(anytimed status state/run --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["step"])')
-for _ in $(seq 600); do
-  step=$(anytimed status state/run --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["step"])')
-  [ "$step" -gt "$before" ] && break
-  sleep 0.2
-done
+for n in $(seq 50 90); do seq -s ' ' "$n" $((n + 200)) > "texts/.$n"; mv "texts/.$n" "texts/$n.txt"; done
+until_ 'trained on the new files' told 'status["sources"]["main"]["entries"] == 81 and status["state"] == "waiting for data"'
 say anytimed export state/run
-for _ in $(seq 300); do [ "$(readlink model/current)" != "$first" ] && break; sleep 0.2; done
-[ "$(readlink model/current)" != "$first" ] || { cat follow.log; exit 1; }
+followed() { [ "$(readlink model/current)" != "$first" ]; }
+until_ 'the newer checkpoint in place' followed
 kill -TERM "$follower"; wait "$follower"; follower=''
 
 say anytimed eval model --data 'texts/*.txt'

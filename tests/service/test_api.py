@@ -68,7 +68,7 @@ def test_a_daemon_answers_what_it_is_asked(tmp_path: Path) -> None:
         assert found["process_open_fds", ()] > 3
         for method, route, code in (
             ("GET", "/export", 405), ("GET", "/commit", 405), ("GET", "/reload", 405), ("POST", "/metrics", 405),
-            ("POST", "/status", 405), ("DELETE", "/healthz", 405), ("GET", "/", 404),
+            ("POST", "/status", 405), ("DELETE", "/healthz", 405), ("GET", "/", 200), ("POST", "/", 405),
         ):  # fmt: skip
             assert asked(tmp_path, method, route)[0] == code, (method, route)
         process.send_signal(signal.SIGTERM)

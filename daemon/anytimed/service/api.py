@@ -6,6 +6,7 @@
     GET  /metrics   the same figures for Prometheus (`exposition`)
     GET  /events    what happens, as it happens: server-sent events (`bulletin`)
     GET  /openapi.json  this list, for programs (`openapi`)
+    GET  /          the dashboard, /history what it draws (`dashboard`)
     POST /export    publish x now; the answer comes when it is published
     POST /commit    write the resumable state now; the answer comes when it is durable
     POST /reload    take the configuration file anew: all of the change, or none and the reason
@@ -36,8 +37,9 @@ from starlette.routing import Route
 
 from anytimed.config import Config
 from anytimed.contracts import AnytimedError, ConfigError, Json
-from anytimed.service import exposition
+from anytimed.service import dashboard, exposition
 from anytimed.service.bulletin import KINDS, Bulletin
+from anytimed.service.history import History
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.openapi import description
 from anytimed.service.records import Records
@@ -68,6 +70,7 @@ class Api:
         foresee: Foresee,
         inboxes: Inboxes,
         bulletin: Bulletin,
+        history: History | None = None,
     ) -> None:
         self._mailbox, self._status, self._idle_s, self._foreseen = mailbox, status, idle_s, foresee
         self._bulletin = bulletin
@@ -87,6 +90,7 @@ class Api:
                 Route("/stop", self._stop, methods=["POST"]),
                 Route("/foresee", self._foresee, methods=["POST"]),
                 Route("/records", Records(inboxes).post, methods=["POST"]),
+                *(dashboard.routes(history) if history is not None else ()),
             ]
         )
 

@@ -43,6 +43,7 @@ class Board:
         self._session, self._view, self._systemd, self._bulletin = session, view, systemd, bulletin
         self._outbox, self._keeper = outbox, keeper
         self._metrics = Metrics(session.run.metrics, session.run.status)
+        self.history = self._metrics.history
         self._mark = (time.monotonic(), session.learner.tokens)
         self._speed: float | None = None
         self._loss: float | None = None
@@ -151,11 +152,11 @@ class Board:
         self.mirrored = {"step": step, "id": ident, "time": time.time()}
         self.event("mirrored", f"mirrored the commit of step {step}", step=step, commit=ident)
 
-    def exported(self, step: int, checkpoint: str, url: str) -> None:
-        """A checkpoint is published."""
-        self.export = {"step": step, "checkpoint": checkpoint, "time": time.time()}
+    def exported(self, step: int, checkpoint: str, digest: str | None, url: str) -> None:
+        """A checkpoint is published. digest: of its manifest."""
+        self.export = {"step": step, "checkpoint": checkpoint, "digest": digest, "time": time.time()}
         log.info("exported step %d: %s/checkpoints/%s", step, url, checkpoint)
-        self.event("export", f"published {checkpoint}", step=step, checkpoint=checkpoint)
+        self.event("export", f"published {checkpoint}", step=step, checkpoint=checkpoint, digest=digest)
 
     def verified(self, done: Verified) -> None:
         """What reading the commits again has found."""

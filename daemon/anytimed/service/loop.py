@@ -98,7 +98,9 @@ class Daemon:
         self._steering = Steering(self._config, session.decisions, self._learner, state, self._board.decided)
         self._timetable = Timetable(mailbox)
         self._inboxes = Inboxes(lambda: self._config, mailbox.post)
-        api = Api(mailbox, self.status, self._systemd.idle_s, self._foresee, self._inboxes, bulletin)
+        api = Api(
+            mailbox, self.status, self._systemd.idle_s, self._foresee, self._inboxes, bulletin, self._board.history
+        )
         listen = self._config.control.listen
         self._control = Control(session.run.control_socket, Guarded(api.app, token), listen, bulletin.close)
 
@@ -427,7 +429,7 @@ class Daemon:
             self._gate.published(done)
             self._outbox.keeps = self._gate.keeps
             if done.step is not None and done.checkpoint is not None:
-                self._board.exported(done.step, done.checkpoint, self._url)
+                self._board.exported(done.step, done.checkpoint, done.digest, self._url)
             self._mailbox.post(requests.Retain())
         self._tell()
 

@@ -2,9 +2,9 @@
 trackers get (`sinks`).
 
 The loop only puts: a record into a queue, the newest status where the thread finds it. The thread appends the records
-to metrics.jsonl, hands them on to the trackers' own threads, replaces status.json, and looks how full the disk is.
-Nothing of it is read back by the training or fsynced, and nobody waits for it: a full disk, a disk that hangs or a
-power cut costs figures, never the run.
+to metrics.jsonl (`history`, which thins it with age), hands them on to the trackers' own threads, replaces status.json,
+and looks how full the disk is. The training reads none of it back, and nobody waits for it: a full disk, a disk that
+hangs or a power cut costs figures, never the run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anytimed.contracts import Json, SinkRun
+from anytimed.service.history import History
 from anytimed.service.sinks import Sinks, Table
-from anytimed.storage.durable import append_line
 
 MOST_WAITING = 10_000
 """Lines that a disk which hangs may be behind by; then the oldest are dropped."""
@@ -35,6 +35,7 @@ class Metrics:
 
     def __init__(self, path: Path, status: Path) -> None:
         self._path, self._status_path = path, status
+        self.history = History(path)
         self._changed = threading.Condition()
         self._records: deque[Json] = deque()
         self._status: Json | None = None
@@ -54,7 +55,7 @@ class Metrics:
 
     @property
     def failed(self) -> str | None:
-        problems = list(self._failures.values())
+        problems = list(filter(None, (*self._failures.values(), self.history.problem)))
         if self._lost:
             problems.append(f"{self._path}: the disk does not keep up; {self._lost} lines are lost")
         for name, sink in self.sinks().items():
@@ -103,11 +104,16 @@ class Metrics:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(CLOSE_S)
+        self.history.close()
         self._sinks.close(CLOSE_S)
 
     # --- the thread
 
     def _serve(self) -> None:
+        try:
+            self.history.load()
+        except OSError as error:
+            self._failures[self._path] = f"{self._path}: {error}"
         while True:
             with self._changed:
                 self._busy = False
@@ -127,9 +133,8 @@ class Metrics:
 
     def _append(self, record: Json) -> None:
         self._sinks.put(record)
-        line = json.dumps(record, separators=(",", ":"), default=str)
         try:
-            append_line(self._path, line.encode() + b"\n")
+            self.history.append(record)
             self._failures.pop(self._path, None)
         except OSError as error:
             self._failures[self._path] = f"{self._path}: {error}"

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from anytimed.contracts import Json
 from anytimed.service.bulletin import KINDS
+from anytimed.service.history import MOST_POINTS
 from anytimed.service.status import STATUS_FORMAT, schema
 
 _TEXT: Final = {"type": "string"}
@@ -37,6 +38,7 @@ def description() -> Json:
             "/status": {"get": _operation("Everything it says of itself", {"$ref": "#/components/schemas/Status"})},
             "/metrics": {"get": _operation("The figures for Prometheus", None, content="text/plain")},
             "/events": {"get": _events()},
+            "/history": {"get": _history()},
             "/openapi.json": {"get": _operation("This document", {"type": "object"})},
             "/export": _post("Publish x now; answered when it is published", {
                 "checkpoint": _TEXT, "step": {"type": "integer"}, "url": _TEXT,
@@ -116,6 +118,18 @@ def _stop() -> Json:
     found = _post("Commit, finish the uploads and end; answered at once", _STATE)
     found["post"]["responses"]["202"] = found["post"]["responses"].pop("200")
     return found
+
+
+def _history() -> Json:
+    operation = _operation(
+        "What was measured and what happened, few rows of it, for a picture", {"type": "object"},
+        also={"400": "A number that is none"},
+    )  # fmt: skip
+    operation["parameters"] = [
+        {"name": "points", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MOST_POINTS}},
+        {"name": "since", "in": "query", "schema": {"type": "number"}, "description": "seconds since 1970"},
+    ]
+    return operation
 
 
 def _foresee() -> Json:

@@ -8,6 +8,7 @@ else. What happened is posted, and told to whoever asked for the export."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import threading
@@ -186,6 +187,7 @@ class Outbox:
                 Published(
                     newest.manifest.step,
                     checkpoint=newest.id,
+                    digest=hashlib.sha256(newest.manifest.to_bytes()).hexdigest(),
                     standing=Standing(newest.id, found.holdout, found.loss_x) if found else None,
                     served=served,
                 )

@@ -73,6 +73,7 @@ def recover(
     store = Store(config.exports.url, config.exports.storage_options, deadline_s=config.exports.deadline_s)
     publisher = Publisher(store, verify=config.exports.verify_uploads)
     published: Manifest | None = None
+    digest: str | None = None
     try:
         # Only looking, and not for long: what has to be repaired there waits until the lease is ours.
         looking = Publisher(store.hurried(min(START_S, config.exports.deadline_s)))
@@ -81,7 +82,9 @@ def recover(
             # Another run published here, one that is gone perhaps: what we publish has to count as newer.
             run.release()
             run.acquire(at_least=term)
-        published = looking.latest()
+        published, pointer = looking.latest(), looking.pointer("latest.json")
+        if published is not None and pointer is not None and pointer.id == published.id:
+            digest = pointer.manifest_sha256
     except (StoreError, CorruptError) as error:
         problems["export"] = str(error)
         log.warning("%s; training goes on, exports wait", error)
@@ -147,7 +150,9 @@ def recover(
             found = published.evaluation
             session.standing = Standing(published.id, found.holdout, found.loss_x)
             session.served = session.spool.served(published.id)
-        session.published = {"step": published.step, "checkpoint": published.id, "time": published.created_s}
+        session.published = {
+            "step": published.step, "checkpoint": published.id, "digest": digest, "time": published.created_s,
+        }  # fmt: skip
     if commit is None:
         if journal.length("data"):
             log.info("run %s in %s on %s: no commit yet, begins again by its journal", run.run_id, run.path, device)

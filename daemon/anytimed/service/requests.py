@@ -109,11 +109,12 @@ class Mirrored:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run. `standing`: how
-    good the published x is, `served` the folder that keeps it here."""
+    """The outbox is done with one checkpoint, or could not publish for now. `refused` ends the run. `digest`: SHA-256
+    of its manifest, `standing`: how good the published x is, `served`: the folder that keeps it here."""
 
     step: int | None = None
     checkpoint: str | None = None
+    digest: str | None = None
     standing: Standing | None = None
     served: Path | None = None
     error: str | None = None

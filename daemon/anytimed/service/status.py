@@ -65,6 +65,7 @@ class MirrorPart(Part):
 class ExportPart(Part):
     step: int
     checkpoint: str
+    digest: str | None = Field(description="SHA-256 of its manifest; null where latest.json names another one")
     time: float
 
 
