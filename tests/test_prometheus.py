@@ -126,11 +126,11 @@ def test_an_answer_is_the_librarys_own_whatever_was_asked_before(told: tuple[byt
     full, plain = with_everything(told[1]), told[1]
     renamed = {**plain, "sources": {"another": plain["sources"]["main"]}}
     moved = {**plain, "step": 10**15, "loss": 1e-9, "tokens_per_s": None, "since": 1.5e9, "skipped": 12345678}
-    for status in (plain, moved, full, renamed, {**moved, "loss": 3.0}, full, {**plain, "term": 9}, plain):
+    for given in (plain, moved, full, renamed, {**moved, "loss": 3.0}, full, {**plain, "term": 9}, plain):
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(Given(status))
+        registry.register(Given(given))
         library = generate_latest(registry)
-        ours = exposed(status)
+        ours = exposed(given)
         assert ours.startswith(library) and ours.endswith(b"\n")
         assert {name.split("_")[0] for name in names(ours[len(library) :])} == {"process"}
 
