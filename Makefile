@@ -43,6 +43,7 @@ check: $(VENV)/.installed-test
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/export_stall.py
 	$(BIN)/python benchmarks/commit.py
+	$(BIN)/python benchmarks/scrape.py
 	$(BIN)/python benchmarks/store_faults.py
 	$(BIN)/python benchmarks/pull.py
 	$(BIN)/python benchmarks/optimizer.py

@@ -14,9 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from anytimed.contracts import Json
+from anytimed.service import exposition
 from anytimed.service.exposition import exposed
 from tests import tiny
 from tests.service.test_api import asked
@@ -115,6 +119,28 @@ def test_what_the_status_says_is_what_is_exposed(told: tuple[bytes, Json]) -> No
     assert found["anytimed_source_rejected_total", "source-48"] == 48
     assert found["anytimed_state", "paused"] == 1
     assert found["anytimed_last_mirrored_commit_timestamp_seconds",] == status["mirror"]["commit"]["time"]
+
+
+def test_an_answer_is_the_librarys_own_whatever_was_asked_before(told: tuple[bytes, Json]) -> None:
+    """Only numbers are put into the last answer's text: series that come, go and change their names begin a new one."""
+    full, plain = with_everything(told[1]), told[1]
+    renamed = {**plain, "sources": {"another": plain["sources"]["main"]}}
+    moved = {**plain, "step": 10**15, "loss": 1e-9, "tokens_per_s": None, "since": 1.5e9, "skipped": 12345678}
+    for given in (plain, moved, full, renamed, {**moved, "loss": 3.0}, full, {**plain, "term": 9}, plain):
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(Given(given))
+        library = generate_latest(registry)
+        ours = exposed(given)
+        assert ours.startswith(library) and ours.endswith(b"\n")
+        assert {name.split("_")[0] for name in names(ours[len(library) :])} == {"process"}
+
+
+class Given(Collector):
+    def __init__(self, status: Json) -> None:
+        self.status = status
+
+    def collect(self) -> Iterator[Metric]:
+        return exposition.figures_of(self.status)
 
 
 def test_rules_and_scrape_configuration_are_good_and_every_alert_fires_where_it_should(promtool: str) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from anytimed.config import load
 from anytimed.contracts import ConfigError, Json, SinkRun
+from anytimed.service.assembly import parts_of
 from anytimed_adapters.sinks.tensorboard import TensorBoard
 from anytimed_adapters.sinks.weights_and_biases import WeightsAndBiases
 from tests import tiny
@@ -231,16 +237,18 @@ def test_without_a_key_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("table", "expected"),
+    ("name", "table", "expected"),
     [
-        ({"type": "tensorbord"}, 'type: found "tensorbord", allowed: tensorboard'),
-        ({"type": "tensorboard", "folder": "x"}, "[sinks.board] unknown key folder"),
-        ({"type": "wandb", "mode": "on"}, "[sinks.board] mode: found"),
+        ("board", {"type": "tensorbord"}, r'\[sinks.board\] type: found "tensorbord", allowed: tensorboard, wandb'),
+        ("board", {"type": "tensorboard", "folder": "x"}, r"\[sinks.board\] unknown key folder"),
+        ("bees", {"type": "wandb", "mode": "on"}, r"\[sinks.bees\] mode: found \"on\", allowed: 'online' or 'offline'"),
+        ("a b", {"type": "tensorboard"}, "sink name 'a b'"),
+        ("board", {"directory": "x"}, r"\[sinks.board\] missing: type"),
     ],
 )
-def test_a_mistake_in_a_table_ends_the_check(tmp_path: Path, table: Json, expected: str) -> None:
-    tiny.write_text(tmp_path / "data", 2)
-    assert expected in tiny.run("check", tiny.config(tmp_path, **{"sinks.board": table}), expect=2)
+def test_a_mistake_in_a_table_is_named(tmp_path: Path, name: str, table: Json, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        parts_of(load(tiny.config(tmp_path, **{f'sinks."{name}"': table})))
 
 
 def test_a_missing_extra_is_named(tmp_path: Path) -> None:
@@ -266,3 +274,48 @@ def test_secrets_of_the_configuration_are_told_to_no_tracker(tmp_path: Path) -> 
     files = [path for path in (tmp_path / "bees").rglob("*") if path.is_file()]
     assert any(b"run_id" in path.read_bytes() for path in files)
     assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+# --- the one in adapters/README.md ------------------------------------------------------------------------------------
+
+
+class Hook(BaseHTTPRequestHandler):
+    """Answers 500 to the first request of all, and keeps the bodies of the others."""
+
+    asked = 0
+    bodies: ClassVar[list[Json]] = []
+
+    def do_POST(self) -> None:
+        Hook.asked += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if Hook.asked > 1:
+            Hook.bodies.append(body)
+        self.send_response(500 if Hook.asked == 1 else 204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_sink_of_the_readme_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "adapters" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import json\nimport urllib.*?)```", text, re.DOTALL)
+    (tmp_path / "hooks.py").write_text(code)
+    tiny.write_text(tmp_path / "data", 40)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        config = tiny.config(tmp_path, **{"sinks.hook": {"type": "hooks:Webhook", "url": url}})
+        allowed = ("--allow-adapter", "hooks:Webhook")
+        told = tiny.run("check", config, *allowed, PYTHONPATH=str(tmp_path))
+        assert f"posts events to {url}" in told
+        with running(config, *allowed, PYTHONPATH=str(tmp_path)) as process:
+            until(process, lambda: status(tmp_path)["state"] == "waiting for data")
+            until(process, lambda: Hook.bodies and not status(tmp_path)["degraded"])
+            run_id = status(tmp_path)["run_id"]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        server.shutdown()
+    events = [r for r in trackers.told(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "event"]
+    assert [{"run": run_id, **event} for event in events] == Hook.bodies  # the first one was tried again
+    assert Hook.asked == len(events) + 1

@@ -72,6 +72,7 @@ class Run:
         self._directory.acquire()
         self._session = recover(load(self.folder / "config.toml"), self._directory)
         self.daemon = Daemon(self._session, Mailbox(), View(Console(quiet=True), ""))
+        self.daemon._board.start()
         self.daemon._reader.start()
         return self
 
@@ -89,6 +90,7 @@ class Run:
         self.daemon._final_commit()
         self.daemon._reader.close()
         self.daemon._saving.close()
+        self.daemon._board.close()
         self._session.failures.close()
         self._session.journal.close()
         self._directory.release()

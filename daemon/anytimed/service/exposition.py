@@ -7,13 +7,14 @@ times as seconds since 1970, so that an age is `time() - …`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from anytimed.contracts import Json
 
@@ -52,34 +53,70 @@ _SOURCE_STATES: Final = {
 
 def exposed(status: Json) -> bytes:
     """The text format. status: as `GET /status` answers."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Told(status))
-    ProcessCollector(registry=registry)
-    return generate_latest(registry)
+    global _form
+    families = [*figures_of(status), *_process.collect()]
+    series = [(sample.name, *sample.labels.values()) for family in families for sample in family.samples]
+    form = _form
+    if form is None or form.series != series:
+        form = _form = _Form(series, _heads(families))
+    values = (sample.value for family in families for sample in family.samples)
+    told = [f"{head}{_number(value)}" for head, value in zip(form.heads, values, strict=True)]
+    return "".join(told).encode() + b"\n"
 
 
-class _Told(Collector):
-    def __init__(self, status: Json) -> None:
-        self._status = status
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """An answer without its numbers. While the series stay the same only those are new, and checking and escaping every
+    name and label again would be most of the work of a scrape."""
 
-    def describe(self) -> Iterable[Metric]:
-        return ()
+    series: list[tuple[str, ...]]
+    heads: list[str]
+    """What stands before each number: the end of the line before, HELP and TYPE where a family begins, the series."""
+
+
+_number: Callable[[float], str] = floatToGoString
+_form: _Form | None = None
+"""Of the last answer; any thread may replace it."""
+_process = ProcessCollector(registry=None)
+
+
+def _heads(families: Sequence[Metric]) -> list[str]:
+    """By the library, which writes a sample a line."""
+    heads, head = [], ""
+    for line in generate_latest(_Made(families)).decode().splitlines(keepends=True):
+        head += line
+        if not line.startswith("#"):
+            before, number = head.rstrip("\n").rsplit(" ", 1)
+            float(number)
+            heads.append(f"{before} ")
+            head = "\n"
+    return heads
+
+
+class _Made(CollectorRegistry):
+    def __init__(self, families: Sequence[Metric]) -> None:
+        super().__init__(auto_describe=False)
+        self._families = families
 
     def collect(self) -> Iterator[Metric]:
-        status = self._status
-        yield InfoMetricFamily(
-            "anytimed_run", "Which run this is.", {key: str(status[key]) for key in ("run_id", "term", "device")}
-        )
-        now = status["state"]
-        yield _by("anytimed_state", "1 for the state that the daemon is in.", "state", {
-            state: float(state == now) for state in dict.fromkeys((*STATES, now))
-        })  # fmt: skip
-        yield from _training(status)
-        yield from _kept(status)
-        yield from _store(status)
-        yield from _machine(status)
-        yield from _sources(status["sources"])
-        yield from _sinks(status.get("sinks") or {})
+        return iter(self._families)
+
+
+def figures_of(status: Json) -> Iterator[Metric]:
+    """Everything that the status tells."""
+    yield InfoMetricFamily(
+        "anytimed_run", "Which run this is.", {key: str(status[key]) for key in ("run_id", "term", "device")}
+    )
+    now = status["state"]
+    yield _by("anytimed_state", "1 for the state that the daemon is in.", "state", {
+        state: float(state == now) for state in dict.fromkeys((*STATES, now))
+    })  # fmt: skip
+    yield from _training(status)
+    yield from _kept(status)
+    yield from _store(status)
+    yield from _machine(status)
+    yield from _sources(status["sources"])
+    yield from _sinks(status.get("sinks") or {})
 
 
 def _training(status: Json) -> Iterator[Metric]:

@@ -99,6 +99,12 @@ class Follower:
     # --- the thread
 
     def _serve(self) -> None:
+        left = self._follow()
+        if left:
+            log.warning("sink %s: ends with %d records that it did not take: %s", self.name, left, self._problem)
+
+    def _follow(self) -> int:
+        """Until it is to end; how many records are left."""
         record: Json | None = None
         while True:
             sink: Sink | None = None
@@ -115,7 +121,7 @@ class Follower:
                         sink.flush()
                         self._well()
                 sink.close()
-                return
+                return len(self._waiting)
             except BaseException as error:  # noqa: BLE001 - whatever its library raises is told and tried again
                 if sink is not None:
                     with contextlib.suppress(Exception):
@@ -124,7 +130,7 @@ class Follower:
             if record is not None and self._often_enough():
                 record = None
             if not self._rest():
-                return
+                return len(self._waiting) + (record is not None)
 
     def _next(self) -> Json | None:
         """The next record; None where it is to end."""
