@@ -443,3 +443,23 @@ def test_a_machine_that_is_taken_away_commits_first_and_ends_in_time(tmp_path: P
     assert "not everything is published; the spool keeps it" in output
     stopped = json.loads((tmp_path / "run" / "status.json").read_text())
     assert stopped["commit"]["step"] == stopped["step"] > 0 and stopped["state"] == "stopped"
+
+
+def test_a_hang_is_told_where_it_stands_and_is_no_failure_of_its_batch(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path / "data", 30)
+    with running(tiny.config(tmp_path)) as process:
+        until(process, lambda: status(tmp_path)["state"] == "waiting for data")
+        process.send_signal(signal.SIGQUIT)  # as the unit's watchdog does
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGQUIT
+    assert "most recent call first" in output and "_wait" in output
+    with running(tiny.config(tmp_path)) as process:
+        until(process, lambda: status(tmp_path)["state"] == "waiting for data")
+        assert not (tmp_path / "run" / "failures.jsonl").exists()
+
+
+def test_a_run_directory_that_cannot_be_written_is_a_mistake_in_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    tiny.write_text(tmp_path / "data", 3)
+    config = tiny.config(tmp_path, run={"directory": str(tmp_path / "file" / "run")})
+    assert "no run can be kept here" in tiny.run("run", config, expect=2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from anytimed.contracts import AnytimedError, Json, SinkRun
+from anytimed.service import history as history_module
 from anytimed.service import metrics as metrics_module
 from anytimed.service import sinks as sinks_module
 from anytimed.service.metrics import Metrics
@@ -122,14 +123,14 @@ def test_a_disk_that_hangs_holds_nobody_and_costs_the_oldest_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, let_go = threading.Event(), threading.Event()
-    real = metrics_module.append_line
+    real = history_module.append_line
 
     def hangs(path: Path, line: bytes) -> None:
         entered.set()
         assert let_go.wait(60)
         real(path, line)
 
-    monkeypatch.setattr(metrics_module, "append_line", hangs)
+    monkeypatch.setattr(history_module, "append_line", hangs)
     monkeypatch.setattr(metrics_module, "MOST_WAITING", 10)
     with writing(tmp_path) as metrics:
         metrics.write("step", step=0)
@@ -147,7 +148,7 @@ def test_a_disk_that_hangs_holds_nobody_and_costs_the_oldest_lines(
 
 def test_closing_waits_for_nobody_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     let_go, tracker = threading.Event(), Tracker()
-    monkeypatch.setattr(metrics_module, "append_line", lambda path, line: let_go.wait(60))
+    monkeypatch.setattr(history_module, "append_line", lambda path, line: let_go.wait(60))
     monkeypatch.setattr(metrics_module, "CLOSE_S", 0.1)
     tracker.gate = threading.Semaphore(0)
     metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "status.json")
@@ -256,14 +257,14 @@ def test_trackers_come_change_and_go_while_it_runs() -> None:
 
 def test_a_thousand_lines_leave_the_caller_at_once(tmp_path: Path) -> None:
     """Every append of this disk takes 5 ms; the loop must not see it."""
-    real = metrics_module.append_line
+    real = history_module.append_line
 
     def slow(path: Path, line: bytes) -> None:
         time.sleep(0.005)
         real(path, line)
 
     with pytest.MonkeyPatch.context() as patched, writing(tmp_path) as metrics:
-        patched.setattr(metrics_module, "append_line", slow)
+        patched.setattr(history_module, "append_line", slow)
         began = time.monotonic()
         for step in range(400):
             metrics.write("step", step=step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +34,7 @@ def run(
     from anytimed.storage.run_directory import RunDirectory
 
     configure_logging(out)
+    faulthandler.register(signal.SIGQUIT, chain=True)  # of a hang: where every thread stands, and then the end
     registry.allow(allow_adapter or ())
     config, token, mailbox, systemd = load(path), control_token(), Mailbox(), Systemd()
     with posted_to(mailbox), RunDirectory(Path(config.run.directory)) as directory:
@@ -49,4 +52,9 @@ def run(
         if status["commit"]:
             say(f"Committed step {status['commit']['step']} in {status['commit']['path']}")
         say(f"Go on:  {myself()} run {path}")
-        say(f"Pull:   {myself()} pull {without_credentials(config.exports.url)} --to DIR")
+        say(f"Pull:   {myself()} pull {_anywhere(config.exports.url)} --to DIR")
+
+
+def _anywhere(url: str) -> str:
+    """The published prefix as it can be typed in any folder, without credentials."""
+    return without_credentials(url) if "://" in url else str(Path(url).absolute())

@@ -140,12 +140,17 @@ class RunDirectory:
         `run_id`: of the run to go on with, where this directory holds nothing of its own yet.
 
         Raises Refused within a second where another process holds the run, naming it; ConfigError where the folder is
-        something else; OSError.
+        something else, or not ours to write; OSError.
         """
         if self._lock is not None:
             raise AnytimedError(f"{self.path}: this process holds the run already")
-        self._prepare()
-        self._lock = self._flock()
+        try:
+            self._prepare()
+            self._lock = self._flock()
+        except (PermissionError, NotADirectoryError) as error:
+            raise ConfigError(
+                f"{self.path}: no run can be kept here: {error}; expected a folder that uid {os.geteuid()} can write"
+            ) from error
         try:
             before = self.owner()
             if before is None:
