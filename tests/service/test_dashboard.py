@@ -325,8 +325,8 @@ def test_what_the_daemon_says_is_text(browser: Browser, tmp_path: Path) -> None:
             page = visit.page
             until(page, "document.getElementById('contact').textContent === 'live'")
             stage.record(step(7, **odd))
-            stage.record({**event(7, "skip"), "told": HOSTILE, "id": HOSTILE})
-            until(page, "document.querySelector('#events li').textContent.includes('skip')")
+            stage.record({**event(7, "skipped"), "told": HOSTILE, "id": HOSTILE})
+            until(page, "document.querySelector('#events li').textContent.includes('skipped')")
             for selector in (
                 "#state",
                 "#reason",

@@ -9,7 +9,7 @@ const FIGURES = {
 };
 const PLURAL = { step: 'steps', evaluation: 'evaluations' };
 export const ROUTINE = new Set(['commit', 'export', 'mirrored', 'verified', 'state']);
-export const GUARD = new Set(['skip', 'spike', 'rollback', 'jump']);
+export const GUARD = new Set(['skipped', 'spike', 'rollback', 'jump']);
 
 const number = (value) => (typeof value === 'number' && Number.isFinite(value) ? value : null);
 
