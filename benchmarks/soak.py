@@ -113,8 +113,13 @@ def growth(steps: list[int], values: list[float]) -> float:
     return statistics.median(slopes) * (steps[-1] - steps[0]) if slopes else 0.0
 
 
-def disturb(socket: Path, folder: Path, turn: int, draw: random.Random, done: dict[str, int]) -> Json:
-    """What an operator and their machines do within a second."""
+def disturb(
+    socket: Path, folder: Path, turn: int, draw: random.Random, done: dict[str, int], without: frozenset[str]
+) -> Json:
+    """What an operator and their machines do within a second; `without` some of it."""
+
+    def due(what: str, every: int) -> bool:
+        return turn % every == 0 and what not in without
 
     def counted(what: str, route: str, method: str = "POST") -> Json:
         done[what] = done.get(what, 0) + 1
@@ -126,26 +131,26 @@ def disturb(socket: Path, folder: Path, turn: int, draw: random.Random, done: di
     assert b"anytimed_steps_total" in connection.getresponse().read()
     connection.close()
     done["scrapes"] = done.get("scrapes", 0) + 1
-    if turn % 2 == 0:
+    if due("listeners", 2):
         connection = UnixConnection(socket, 30)
         connection.request("GET", "/events")
         connection.getresponse().read(200)
         connection.close()
         done["listeners"] = done.get("listeners", 0) + 1
-    if turn % 3 == 0:
+    if due("files", 3):
         write_text(folder / "data" / f"{turn:07d}.txt", draw, 500)
         done["files"] = done.get("files", 0) + 1
-    if turn % 5 == 0:
+    if due("reloads", 5):
         write_config(folder, turn)
         counted("reloads", "/reload")
-    if turn % 7 == 0:
+    if due("commits", 7):
         counted("commits asked for", "/commit")
-    if turn % 11 == 0:
+    if due("exports", 11):
         counted("exports asked for", "/export")
-    if turn % 13 == 0:
+    if due("pauses", 13):
         counted("pauses", "/pause")
         counted("resumptions", "/resume")
-    if turn % 4 == 0:
+    if due("feeds", 4):
         connection = UnixConnection(socket, 30)
         body = "\n".join(json.dumps({"text": f"{draw.getrandbits(64):x} " * 20}) for _ in range(5))
         connection.request("POST", "/records?source=mine", body, {"Content-Type": "application/jsonl"})
@@ -155,7 +160,7 @@ def disturb(socket: Path, folder: Path, turn: int, draw: random.Random, done: di
     return status
 
 
-def soak(steps: int, folder: Path) -> Json:
+def soak(steps: int, folder: Path, without: frozenset[str] = frozenset()) -> Json:
     draw, done = random.Random(0), {}
     (folder / "data").mkdir()
     (folder / "base").mkdir()
@@ -174,7 +179,7 @@ def soak(steps: int, folder: Path) -> Json:
             if process.poll() is not None:
                 break
             try:
-                status = disturb(folder / "run" / "control.sock", folder, turn, draw, done)
+                status = disturb(folder / "run" / "control.sock", folder, turn, draw, done, without)
                 found = sample(process.pid)
             except (OSError, http.client.HTTPException):
                 time.sleep(0.5)  # it starts, or it has just ended
@@ -234,11 +239,12 @@ def problems(found: Json) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--without", default="", help="what not to do, to find out what costs: reloads,files,feeds,…")
     parser.add_argument("--assert", dest="bars", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="anytimed-soak-") as folder:
-        found = soak(asked.steps, Path(folder))
+        found = soak(asked.steps, Path(folder), frozenset(asked.without.split(",")))
     told = problems(found)
     asked.out.write_text(json.dumps(found, indent=1) + "\n")
     for name, row in found["figures"].items():

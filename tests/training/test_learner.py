@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from anytimed.contracts import Batch, CorruptError, HeldRecord, Holdout, Position
+from anytimed.contracts import Batch, ConfigError, CorruptError, HeldRecord, Holdout, Position
 from anytimed.optim import ScheduleFree, SFAdamW, SFNorMuon, param_groups
 from anytimed.training.device import Device
 from anytimed.training.evaluate import IGNORED, windows
@@ -346,3 +346,16 @@ def test_the_footprint_counts_what_is_allocated() -> None:
     assert found.optimizer_bytes == sum(t.numel() * t.element_size() for t in real)
     assert found.parameters == sum(p.numel() for p in one.module.parameters())
     assert found.total_bytes > found.parameter_bytes + found.gradient_bytes + found.optimizer_bytes
+
+
+def test_a_cuda_device_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device takes none without one; seen on an H200, and no CPU can show it."""
+    set_to: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    for name, index in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        assert Device(name, deterministic=False).torch_device == torch.device("cuda", index) == set_to.pop()
+    with pytest.raises(ConfigError, match="there are 2 CUDA devices"):
+        Device("cuda:2", deterministic=False)

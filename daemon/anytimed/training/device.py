@@ -59,7 +59,8 @@ class Device:
                 f'[run] device: found "{name}", but torch {torch.__version__} sees no CUDA device; '
                 'use device = "auto", or install a CUDA build of torch and its driver'
             )
-        self.torch_device = torch.device(name)
+        # With its number: torch takes "cuda" alone in some places, and not in others.
+        self.torch_device = torch.device("cuda:0" if name == "cuda" else name)
         if name.startswith("cuda") and (self.torch_device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f'[run] device: found "{name}", but there are {torch.cuda.device_count()} CUDA devices')
         self.is_cuda = self.torch_device.type == "cuda"
