@@ -87,7 +87,7 @@ every_steps = {logging}
 
 def write_config(folder: Path, turn: int) -> None:
     beside = folder / ".tmp-config"
-    beside.write_text(CONFIG.format(folder=folder, weight=1.0 + turn % 2, logging=10 + turn % 3))
+    beside.write_text(CONFIG.format(folder=folder, weight=1.0 + turn % 2, logging=1 + turn % 3))
     beside.replace(folder / "config.toml")
 
 
@@ -101,6 +101,7 @@ def sample(pid: int) -> dict[str, float]:
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {
         "rss_mib": int(fields["VmRSS"].split()[0]) / 1024,
+        "anonymous_mib": int(fields["RssAnon"].split()[0]) / 1024,
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),  # noqa: PTH208
         "threads": int(fields["Threads"]),
     }
