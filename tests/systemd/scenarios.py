@@ -51,7 +51,7 @@ def prepare() -> dict[str, Any]:
     )
     store = Path("/etc/credstore")
     store.mkdir(mode=0o700, exist_ok=True)
-    (store / "anytimed.demo.control-token").write_text("a token of the test\n")
+    (store / "anytimed.demo.control-token").write_text("a-token-of-the-test\n")
     encrypted = Path("/etc/credstore.encrypted")
     encrypted.mkdir(mode=0o700, exist_ok=True)
     Path("/root/hf-token").write_text("another token\n")

@@ -104,7 +104,7 @@ def test_it_trains_inside_the_whole_sandbox(booted: Found) -> None:
 
 def test_credentials_of_the_credstore_reach_the_daemon_and_their_source_stays_closed(booted: Found) -> None:
     sandbox = scenario(booted, "installed")["sandbox"]
-    assert sandbox["token"] == "a token of the test\n"
+    assert sandbox["token"] == "a-token-of-the-test\n"
     assert sandbox["hf_token"] == "another token\n"  # which lies on the disk encrypted
     assert sandbox["token_of_others"] == "PermissionError"
 

@@ -57,8 +57,8 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: no token can be read from it: {error}") from None
     if not SHORTEST <= len(token) <= LONGEST or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"{path}: expected one line of {SHORTEST} to {LONGEST} characters without spaces, found {len(token)}; "
-            "`openssl rand -hex 32` makes one"
+            f"{path}: no token: expected one line of {SHORTEST} to {LONGEST} characters without spaces, found "
+            f"{len(token)} characters{', spaces among them' if ' ' in token else ''}; `openssl rand -hex 32` makes one"
         )
     keep_secret([token])
     return token
