@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -237,16 +238,16 @@ def test_what_the_sandbox_hides_is_said(tmp_path: Path) -> None:
     assert "/var/lib/anytimed/demo/near/*.txt" in said[2]
 
 
-def test_a_closed_folder_above_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_folder_above_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "_HIDDEN", ())
-    closed = tmp_path / "closed"
-    (closed / "deeper").mkdir(parents=True)
-    for folder in (closed, *closed.parents):
-        if os.access(folder, os.W_OK) and folder.is_relative_to(tmp_path.parent.parent):
-            folder.chmod(0o755)
-    assert reach.closed(closed / "deeper") == ""
-    closed.chmod(0o700)
-    assert reach.closed(closed / "deeper") == f"{closed} (mode 0700) is closed to other users"
+    # Not below pytest's own folder, which is closed to other users.
+    with tempfile.TemporaryDirectory(prefix="anytimed-") as folder:
+        closed = Path(folder)
+        (closed / "deeper").mkdir()
+        closed.chmod(0o755)
+        assert reach.closed(closed / "deeper") == ""
+        closed.chmod(0o700)
+        assert reach.closed(closed / "deeper") == f"{closed} (mode 0700) is closed to other users"
 
 
 def test_only_one_kind_and_only_where_systemd_runs(tmp_path: Path, config: Path) -> None:
