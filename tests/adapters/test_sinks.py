@@ -46,6 +46,12 @@ def rounded(line: dict[int, float]) -> dict[int, float]:
     return {at: float(np.float32(value)) for at, value in line.items()}
 
 
+def replayed(status: Json) -> int:
+    """Steps that a kill now would have taken again."""
+    commit = status["commit"]
+    return int(status["step"] - commit["step"]) if commit else 0
+
+
 # --- a daemon ---------------------------------------------------------------------------------------------------------
 
 
@@ -55,6 +61,7 @@ def test_trackers_show_the_figures_of_a_run_that_was_killed_and_went_on(tmp_path
         tmp_path,
         **{
             "logging": {"every_steps": 2},
+            "commits": {"every_steps": 40},
             "sinks.board": {"type": "tensorboard", "directory": str(tmp_path / "boards"), "run_name": "one"},
             "sinks.bees": {"type": "wandb", "directory": str(tmp_path / "bees"), "project": "p", "mode": "offline"},
         },
@@ -65,6 +72,7 @@ def test_trackers_show_the_figures_of_a_run_that_was_killed_and_went_on(tmp_path
         until(process, lambda: status(tmp_path)["step"] >= 40)
         until(process, lambda: all(s["written"] > 15 for s in status(tmp_path)["sinks"].values()))
         until(process, lambda: len(trackers.history(trackers.wandb_lives(tmp_path / "bees")[0])) > 15)
+        until(process, lambda: replayed(status(tmp_path)) >= 6)
         process.send_signal(signal.SIGKILL)
         process.wait()
     killed_at = last_step(tmp_path)
