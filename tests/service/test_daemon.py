@@ -463,3 +463,12 @@ def test_a_run_directory_that_cannot_be_written_is_a_mistake_in_the_configuratio
     tiny.write_text(tmp_path / "data", 3)
     config = tiny.config(tmp_path, run={"directory": str(tmp_path / "file" / "run")})
     assert "no run can be kept here" in tiny.run("run", config, expect=2)
+
+
+def test_a_run_that_ends_by_itself_has_all_the_time_for_its_uploads(tmp_path: Path) -> None:
+    """Nobody takes the machine away: `stop_within_s` counts from a signal, and there was none."""
+    tiny.write_text(tmp_path / "data", 40)
+    config = tiny.config(tmp_path, run={"stop_within_s": 1.5}, exports={"every_steps": 20})
+    output = tiny.run("run", config, "--steps", "20")
+    assert "not everything is published" not in output, output
+    assert (tmp_path / "published" / "latest.json").exists()

@@ -68,18 +68,20 @@ class Board:
         self.last = self._status()
 
     def start(self) -> None:
+        """Begin to write figures, and to send them to the trackers."""
         self._metrics.start()
         self.follow(self._session.parts.config)
 
     def follow(self, config: Config) -> None:
         """Send the figures from now on to the trackers that the configuration names."""
-        learner, run, told = self._session.learner, self._session.run, public(config.model_dump(mode="json"))
+        learner, run, tables = self._session.learner, self._session.run, public(config.model_dump(mode="json"))
         where = SinkRun(
-            run.run_id, run.term, told, config.digest(), learner.step_count, learner.tokens, run.path / "sinks"
+            run.run_id, run.term, tables, config.digest(), learner.step_count, learner.tokens, run.path / "sinks"
         )
         self._metrics.follow(tables_of(config), where)
 
     def close(self) -> None:
+        """Write what was told before; nobody waits for it for long."""
         self._metrics.close()
 
     # --- what the loop notes
@@ -116,9 +118,9 @@ class Board:
         """A new evaluation, None where nothing is held out yet."""
         if evaluation is not None:
             self.evaluation = evaluation
-            learner, told = self._session.learner, evaluation.to_json()
-            told["holdout_tokens"] = told.pop("tokens")
-            self._record("evaluation", **told, tokens=learner.tokens, **learner.metrics())
+            learner, losses = self._session.learner, evaluation.to_json()
+            losses["holdout_tokens"] = losses.pop("tokens")  # a record's tokens are those trained on
+            self._record("evaluation", **losses, tokens=learner.tokens, **learner.metrics())
         self.paused()
 
     def paused(self) -> None:

@@ -80,7 +80,7 @@ class Daemon:
         self._state = State.TRAINING
         self._span: Span | None = None
         self._unpaused = (State.TRAINING, "")
-        self._asked_to_stop = 0.0
+        self._asked_to_stop: float | None = None
         self._give_up = self._hung_up = False
         self._systemd = systemd or Systemd()
         self._gate = Gatekeeper(session.standing, session.served)
@@ -208,7 +208,7 @@ class Daemon:
         self._final_commit()
         self._reader.close()
         deadline = time.monotonic() + self._config.exports.drain_s
-        if (within := self._config.run.stop_within_s) is not None:
+        if (within := self._config.run.stop_within_s) is not None and self._asked_to_stop is not None:
             deadline = min(deadline, self._asked_to_stop + within - LAST_WORDS_S)
         while not ((self._outbox.idle and self._saving.mirrored) or self._give_up) and time.monotonic() < deadline:
             self._drain(0.05)
