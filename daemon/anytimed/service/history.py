@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -253,15 +253,16 @@ def line_of(record: Json) -> bytes:
     try:
         text = json.dumps(record, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False)
+        text = json.dumps(finite(record), separators=(",", ":"), allow_nan=False)
     return text.encode()
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+def finite(value: Any) -> Any:
+    """The same with null for NaN and Inf, at every depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

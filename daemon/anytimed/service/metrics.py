@@ -10,7 +10,6 @@ hangs or a power cut costs figures, never the run.
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anytimed.contracts import Json, SinkRun
-from anytimed.service.history import History
+from anytimed.service.history import History, finite
 from anytimed.service.sinks import Sinks, Table
 
 MOST_WAITING = 10_000
@@ -80,7 +79,7 @@ class Metrics:
 
     def write(self, kind: str, **values: Any) -> Json:
         """A line of metrics.jsonl, soon; the record. Nobody may change it, or the values, any more."""
-        record: Json = {"kind": kind, "time": round(time.time(), 3), **{key: _plain(v) for key, v in values.items()}}
+        record: Json = {"kind": kind, "time": round(time.time(), 3), **{key: finite(v) for key, v in values.items()}}
         with self._changed:
             self._records.append(record)
             if len(self._records) > MOST_WAITING:
@@ -161,12 +160,3 @@ class Metrics:
 def _private(path: Path, flags: int) -> TextIO:
     """A file to write, for the owner's eyes, and never through a symlink."""
     return os.fdopen(os.open(path, flags | os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no word for NaN and Inf: null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

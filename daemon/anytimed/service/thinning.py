@@ -30,7 +30,7 @@ FIELDS = {"step": ("loss", "tokens_per_s", "grad_norm"), "evaluation": ("loss_x"
 """What is measured, in the order of the columns."""
 KEPT = {
     "step": ("kind", "time", "step", "tokens", "skipped", "batches_ready"),
-    "evaluation": ("kind", "time", "step", "tokens", "holdout", "digest", "targets"),
+    "evaluation": ("kind", "time", "step", "tokens", "holdout", "holdout_tokens"),
 }
 """What a line of several has from the newest of them."""
 MOST_STEPS = 1 << 53
