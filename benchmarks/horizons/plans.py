@@ -1,0 +1,148 @@
+"""Which runs there are, and the configuration of each.
+
+One run of each schedule-free optimizer goes to the longest horizon, with one table of numbers. Against it, for every
+horizon, stand the rivals that know it, each with the learning rate that is best for that horizon (`tuning`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from anytimed.contracts import Json
+
+ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
+    "sf_normuon": {"type": "sf_normuon", "lr": 0.04, "aux_lr": 0.02, "beta": 0.9, "mu": 0.8},
+    "amuse": {"type": "amuse", "lr": 0.02, "aux_lr": 0.01, "beta1": 0.6, "mu": 0.8, "rho": 0.4},
+    "sf_adamw": {"type": "sf_adamw", "lr": 0.006, "beta": 0.9},
+}
+"""The same at every horizon."""
+
+ALLOWED: Final = tuple(f"horizons.rivals:{name}" for name in ("AdamWCosine", "NorMuonCosine", "MuonWSD"))
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A scheduled optimizer whose learning rate is tuned for each horizon. centre: where the grid begins; matrices:
+    whether the rest has a learning rate of its own, half of that."""
+
+    type: str
+    centre: float
+    matrices: bool
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self, lr: float, horizon: int, warmup: int) -> Json:
+        aux = {"aux_lr": lr / 2} if self.matrices else {}
+        told = {"type": f"horizons.rivals:{self.type}", "lr": lr, **aux, **self.numbers}
+        return {**told, "horizon": horizon, "warmup_steps": min(warmup, horizon // 10)}
+
+
+RIVALS: Final[dict[str, Rival]] = {
+    "adamw": Rival("AdamWCosine", 0.004, matrices=False),
+    "normuon": Rival("NorMuonCosine", 0.02, matrices=True),
+    "normuon, mu 0.8": Rival("NorMuonCosine", 0.02, matrices=True, numbers={"mu": 0.8}),
+    "muon_wsd": Rival("MuonWSD", 0.02, matrices=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Sizes of everything. unit: T, in steps; multiples: the horizons, in T."""
+
+    name: str
+    unit: int
+    multiples: tuple[int, ...]
+    seeds: int
+    warmup: int
+    evaluate_every: int
+    hidden: int
+    layers: int
+    heads: int
+    context: int
+    batch: int
+    block: int
+    holdout_tokens: int
+    probe_bytes: int
+    stream_bytes: int
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        return tuple(self.unit * m for m in self.multiples)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.context
+
+    def marks(self) -> tuple[int, ...]:
+        """Steps at which the one run is measured: three to an octave, and every horizon."""
+        last, first = self.horizons[-1], self.unit / 10
+        octaves = range(64)
+        found = {round(first * 2 ** (k / 3)) for k in octaves if first * 2 ** (k / 3) <= last}
+        return tuple(sorted(found | set(self.horizons)))
+
+
+FULL: Final = Scale("full", 250, (1, 2, 4, 8), 3, 50, 25, 128, 2, 4, 128, 8, 512, 8192, 32_768, 3_200_000)
+QUICK: Final = Scale("quick", 20, (1, 2), 1, 5, 10, 32, 2, 4, 64, 8, 128, 2048, 4096, 150_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run from a fresh start. optimizer: its table; marks: steps at which it is measured; at: the weights that are."""
+
+    name: str
+    optimizer: Json
+    steps: int
+    seed: int
+    marks: tuple[int, ...]
+    at: tuple[str, ...] = ("x", "y", "z")
+    steered: bool = True
+
+    def told(self) -> Json:
+        return {slot: getattr(self, slot) for slot in self.__slots__}
+
+
+def one_run(kind: str, scale: Scale, seed: int) -> Run:
+    """The run of a schedule-free optimizer to the longest horizon."""
+    optimizer = {**ONE_CONFIGURATION[kind], "weight_decay": 0.1, "warmup_steps": scale.warmup}
+    return Run(f"{kind}@{seed}", optimizer, scale.horizons[-1], seed, scale.marks())
+
+
+def rival_run(kind: str, horizon: int, lr: float, scale: Scale, seed: int) -> Run:
+    """A scheduled run to its own horizon, measured at its end."""
+    table = RIVALS[kind].table(lr, horizon, scale.warmup)
+    return Run(f"{kind}/{horizon}/{lr:g}@{seed}", table, horizon, seed, (horizon,), ("x",), steered=False)
+
+
+NEVER: Final = 10**9
+
+
+def tables(run: Run, scale: Scale, stream: str, folder: str) -> Json:
+    """The configuration of a run, as its file would say it."""
+    return {
+        "run": {"directory": f"{folder}/run", "seed": run.seed, "device": "cpu", "threads": 1},
+        "model": {
+            "type": "llama",
+            "hidden_size": scale.hidden,
+            "layers": scale.layers,
+            "heads": scale.heads,
+            "intermediate_size": 3 * scale.hidden,
+            "context_length": 1024,
+            "tie_embeddings": False,
+        },
+        "tokenizer": {"type": "bytes"},
+        "data": {
+            "sequence_length": scale.context,
+            "batch_size": scale.batch,
+            "shuffle_block_sequences": scale.block,
+            "discover": {"every_s": 3600.0},
+            "holdout": {"fraction": 0.1, "max_tokens": scale.holdout_tokens, "record_tokens": 1024},
+        },
+        "sources": {"python": {"type": "jsonl", "url": stream}},
+        "optimizer": run.optimizer,
+        "training": {"steered_memory": run.steered},
+        "evaluation": {"every_steps": scale.evaluate_every if run.steered else NEVER, "batch_size": 64},
+        "commits": {"every_s": None},
+        "exports": {"url": f"{folder}/published"},
+    }

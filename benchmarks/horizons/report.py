@@ -1,0 +1,67 @@
+"""Losses to a table, its bars, and what a person reads."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, Final
+
+from rich.table import Table
+
+from anytimed.contracts import Json
+from horizons.plans import Scale
+
+NAMES: Final = {
+    "sf_normuon": "SF-NorMuon, one run",
+    "amuse": "AMUSE, one run",
+    "sf_adamw": "Schedule-Free AdamW, one run",
+    "adamw": "AdamW + cosine, tuned",
+    "normuon": "NorMuon + cosine, tuned",
+    "normuon, mu 0.8": "NorMuon (mu 0.8) + cosine, tuned",
+    "muon_wsd": "Muon + warmup-stable-decay, tuned",
+}
+
+
+def spread(losses: Sequence[float | None]) -> Json:
+    """Mean, and half the range, over seeds; None where one diverged."""
+    finite = [loss for loss in losses if loss is not None]
+    if not finite or len(finite) < len(losses):
+        return {"mean": None, "spread": None, "seeds": len(losses)}
+    return {
+        "mean": round(statistics.fmean(finite), 4),
+        "spread": round((max(finite) - min(finite)) / 2, 4),
+        "seeds": len(losses),
+    }
+
+
+def table_of(found: Json, scale: Scale) -> Json:
+    """By kind and horizon: the loss of x on unseen text, nats per byte, mean and spread over seeds."""
+    told: Json = {}
+    for kind, runs in found["one"].items():
+        told[kind] = {str(h): spread([_at(run, h) for run in runs]) for h in scale.horizons}
+    for kind, by_horizon in found["rivals"].items():
+        told[kind] = {h: {**spread(of["losses"]), "lr": of["lr"]} for h, of in by_horizon.items()}
+    return told
+
+
+def _at(run: Json, step: int) -> float | None:
+    return next((point["x"] for point in run["seen"] if point["step"] == step), None)
+
+
+def tables(result: Json) -> list[Table]:
+    horizons = [str(h) for h in result["horizons"]]
+    tokens = [f"{int(h) * result['tokens_per_step'] / 1e6:.2f} M" for h in horizons]
+    heads = [f"{h} steps\n{t} tokens" for h, t in zip(horizons, tokens, strict=True)]
+    losses = Table("", *heads, title="Held-out nats per byte: mean over seeds, +- half their range; (learning rate)")
+    for kind, by_horizon in result["table"].items():
+        losses.add_row(NAMES.get(kind, kind), *(_cell(by_horizon[h]) for h in horizons))
+    return [losses]
+
+
+def _cell(found: dict[str, Any]) -> str:
+    if found["mean"] is None:
+        return "diverged"
+    told = f"{found['mean']:.3f}"
+    if found["seeds"] > 1:
+        told += f" +-{found['spread']:.3f}"
+    return told + (f" ({found['lr']:g})" if "lr" in found else "")

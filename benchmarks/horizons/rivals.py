@@ -1,0 +1,207 @@
+"""What a run is compared with: optimizers whose learning rate follows a schedule that knows the horizon.
+
+    AdamWCosine      AdamW, linear warm-up, cosine to zero
+    NorMuonCosine    NorMuon (arXiv 2510.05491) for the hidden matrices, AdamW for the rest, the same schedule
+    MuonWSD          Muon (torch's) for the hidden matrices, AdamW for the rest; warm-up, constant, and over the last fifth
+                     1 - sqrt down to zero (arXiv 2405.18392)
+
+They are not ours, and only the benchmark has them: AdamW and Muon are torch's own. NorMuon is `SFNorMuon` with a memory
+of one step, so that x = y = z: then its rule, kernels and roles are those of the run it is compared with, and averaging
+is all that differs. Each is a recipe that the daemon builds from a table, `type = "horizons.rivals:AdamWCosine"`, and a
+learner trains with it as with any other; there is no x beside the weights, so averaged and fast iterate are the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from anytimed.contracts import Json, Role
+from anytimed.optim import SFNorMuon, param_groups
+
+DECAYED_SHARE: Final = 0.2
+"""Of the horizon, over which warmup-stable-decay lets the learning rate fall."""
+
+
+def cosine(step: int, horizon: int, warmup: int) -> float:
+    """The factor on the learning rate at a step, from 1: linear warm-up, then half a cosine, zero at horizon + 1."""
+    if step <= warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (horizon + 1 - warmup)))
+
+
+def stable_then_decay(step: int, horizon: int, warmup: int) -> float:
+    """Linear warm-up, constant, then 1 - sqrt over the last fifth, zero at horizon + 1."""
+    since = step - (horizon - round(DECAYED_SHARE * horizon))
+    if since > 0:
+        return 1 - math.sqrt(since / (round(DECAYED_SHARE * horizon) + 1))
+    return min(1.0, step / warmup) if warmup else 1.0
+
+
+class Scheduled:
+    """Optimizers that share the parameters between them, under one schedule: what a `Learner` asks of an optimizer.
+
+    schedule: from the number of the step, from 1, the factor on every learning rate. State tensors are told by
+    parameter, the weights among them as `z`: a commit holds them and a resume puts them back."""
+
+    lean: ClassVar[bool] = False
+
+    def __init__(self, optimizers: Sequence[Optimizer], schedule: Callable[[int], float]) -> None:
+        self._optimizers, self._schedule = list(optimizers), schedule
+        self._groups = [(g, g["lr"]) for optimizer in self._optimizers for g in optimizer.param_groups]
+        self._params = [p for g, _ in self._groups for p in g["params"]]
+        self._taken = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self, *, gate: Tensor, loss: Tensor | None = None) -> None:
+        """One step; none where the gate is False (it is looked at: these run on a CPU)."""
+        if not gate:
+            return
+        self._taken += 1
+        factor = self._schedule(self._taken)
+        for group, lr in self._groups:
+            group["lr"] = lr * factor
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Tensor]]:
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    kept = {name: value for name, value in optimizer.state[p].items() if isinstance(value, Tensor)}
+                    found[p] = {**kept, "z": p.detach()}
+        return found
+
+    def averaged(self) -> dict[Tensor, Tensor]:
+        return {p: p.detach() for p in self._params}
+
+    iterate = averaged
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"c": torch.ones(()), "eta": torch.tensor(self._groups[0][0]["lr"])}
+
+    def memory_steps(self) -> Tensor:
+        return torch.ones(())
+
+    def forget(self, factor: float) -> None:
+        """There is nothing to forget."""
+
+    def begin(self) -> None:
+        """The weights are the parameters; SF-NorMuon's own have to follow them."""
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, SFNorMuon):
+                optimizer.begin()
+
+    def restore_y(self) -> None:
+        """Nothing is derived from the state."""
+
+    def clock_state(self) -> list[dict[str, int | float]]:
+        return [{"t": self._taken}]
+
+    def load_clock_state(self, clocks: Sequence[Mapping[str, int | float]]) -> None:
+        if int(clocks[0]["t"]):
+            raise ValueError("a scheduled run is taken from its start: its moments are made at its first step")
+
+    def arithmetic(self) -> dict[str, str]:
+        return {}
+
+    def load_arithmetic(self, arithmetic: Mapping[str, str]) -> None:
+        """Nothing was decided."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    horizon: int = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    lr: float = Field(gt=0)
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    lean: ClassVar[bool] = False
+
+
+class _MatrixSettings(_Settings):
+    aux_lr: float = Field(gt=0)
+    mu: float = 0.95
+
+
+class _Rival:
+    """A recipe of the entry points `anytimed.optimizers`, as the built-in ones are."""
+
+    shape: ClassVar[Callable[[int, int, int], float]] = cosine
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def numbers(self) -> Json:
+        told: Json = self.settings.model_dump()
+        return told
+
+    def build(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        roles: Mapping[str, Role],
+        row_splits: Mapping[str, Sequence[int]] | None = None,
+    ) -> Scheduled:
+        groups = param_groups(named_parameters, roles, row_splits=row_splits)
+        matrices = [g for g in groups if g["rule"] == "spectral"]
+        others = [p for g in groups if g["rule"] == "adamw" for p in g["params"]]
+        shape, horizon, warmup = type(self).shape, self.settings.horizon, self.settings.warmup_steps
+        return Scheduled(self.optimizers(matrices, others), lambda step: shape(step, horizon, warmup))
+
+    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+        raise NotImplementedError
+
+    def _adamw(self, params: list[Tensor], lr: float) -> AdamW:
+        told = self.settings
+        return AdamW(params, lr=lr, betas=(told.beta1, told.beta2), weight_decay=told.weight_decay)
+
+
+class AdamWCosine(_Rival):
+    Settings = _Settings
+
+    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+        return [self._adamw([*(p for g in matrices for p in g["params"]), *others], self.settings.lr)]
+
+
+class NorMuonCosine(_Rival):
+    Settings = _MatrixSettings
+
+    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+        told = self.settings
+        spectral = SFNorMuon(
+            matrices,
+            lr=told.lr,
+            beta=0.0,
+            mu=told.mu,
+            weight_decay=told.weight_decay,
+            warmup_steps=0,
+            averaging_window_steps=1,
+            averaging_lr_power=0.0,
+        )
+        return [spectral, self._adamw(others, told.aux_lr)]
+
+
+class MuonWSD(_Rival):
+    Settings = _MatrixSettings
+    shape = stable_then_decay
+
+    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+        told = self.settings
+        params = [p for g in matrices for p in g["params"]]
+        muon = Muon(
+            params, lr=told.lr, momentum=told.mu, weight_decay=told.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        return [muon, self._adamw(others, told.aux_lr)]

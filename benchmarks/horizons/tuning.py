@@ -1,0 +1,38 @@
+"""The learning rate that is best for one horizon: a grid of factors of two that grows until its best lies inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+MOST: Final = 9
+"""Learning rates that are tried before an edge is taken for the best."""
+
+
+def tuned(centre: float, losses: Callable[[Sequence[float]], Sequence[float | None]]) -> dict[float, float | None]:
+    """Every learning rate that was tried, ascending, with its loss (None: it diverged). losses: of several rates, which
+    may train at once."""
+    tried = dict(zip(first := [centre / 2, centre, centre * 2], losses(first), strict=True))
+    while len(tried) < MOST:
+        rates = sorted(tried)
+        best = best_of(tried)
+        if best == rates[0]:
+            further = rates[0] / 2
+        elif best == rates[-1]:
+            further = rates[-1] * 2
+        else:
+            break
+        tried[further] = losses([further])[0]
+    return {lr: tried[lr] for lr in sorted(tried)}
+
+
+def best_of(tried: dict[float, float | None]) -> float:
+    """The rate of the lowest loss."""
+    return min(tried, key=lambda lr: math.inf if (loss := tried[lr]) is None else loss)
+
+
+def inside(tried: dict[float, float | None]) -> bool:
+    """Whether the best lies between two that are worse."""
+    rates = sorted(tried)
+    return best_of(tried) not in (rates[0], rates[-1])
