@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from extension.corpora import Corpus, gather
-from horizons import report
+from horizons import picture, report
 from horizons.plans import FULL, ONE_CONFIGURATION, QUICK, RIVALS, Run, Scale, one_run, rival_run, tables
 from horizons.runs import train
 from horizons.tuning import best_of, tuned
@@ -105,7 +105,10 @@ def _file(run: Run, scratch: Path) -> Path:
 def keep(run: Run, scale: Scale, corpus: Corpus, scratch: Path) -> None:
     """Train a run in this process and keep what was seen."""
     path = _file(run, scratch)
-    found = {"key": key_of(run, scale, corpus), **train(run, scale, corpus, scratch / "runs" / path.stem)}
+    found = {
+        "key": key_of(run, scale, corpus),
+        **train(run, scale, corpus, scratch / "runs" / f"{path.stem}-{os.getpid()}"),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(found))
@@ -188,7 +191,12 @@ def main() -> int:
     scratch: Path = (arguments.scratch / scale.name).absolute()
     if arguments.one:
         told: dict[str, Any] = json.loads(arguments.one)
-        keep(Run(**{**told, "marks": tuple(told["marks"]), "at": tuple(told["at"])}), scale, corpus_of(scale, scratch), scratch)
+        keep(
+            Run(**{**told, "marks": tuple(told["marks"]), "at": tuple(told["at"])}),
+            scale,
+            corpus_of(scale, scratch),
+            scratch,
+        )
         return 0
     if arguments.report:
         result: Json = json.loads(arguments.json.read_text())
@@ -196,6 +204,7 @@ def main() -> int:
         result = result_of(Trainer(scale, scratch, arguments.jobs, here=arguments.quick))
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(as_text(result), encoding="utf-8")
+    arguments.json.with_suffix(".svg").write_text(picture.drawn(result), encoding="utf-8")
     out = Console() if sys.stdout.isatty() else Console(width=120)
     for table in report.tables(result):
         out.print(table)

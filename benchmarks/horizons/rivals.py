@@ -121,20 +121,22 @@ class Scheduled:
 
 
 class _Settings(BaseModel):
+    """No defaults: the table of a run says all that decides it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     horizon: int = Field(gt=0)
     warmup_steps: int = Field(ge=0)
     lr: float = Field(gt=0)
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
+    weight_decay: float
+    beta1: float
+    beta2: float
     lean: ClassVar[bool] = False
 
 
 class _MatrixSettings(_Settings):
     aux_lr: float = Field(gt=0)
-    mu: float = 0.95
+    mu: float
 
 
 class _Rival:

@@ -1,0 +1,105 @@
+"""The README's pictures: the one run with every tuned run's end on it; and what x, y and z are worth."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Final
+
+from drawing import Line, Marker, Panel, page
+
+from anytimed.contracts import Json
+
+ENDS: Final = {
+    "adamw": ("AdamW + cosine, tuned for each", "two", "square"),
+    "normuon": ("NorMuon + cosine, tuned for each", "five", "diamond"),
+    "muon_wsd": ("Muon + WSD, tuned for each", "three", "circle"),
+}
+ONE: Final = {
+    "sf_normuon": (("SF-NorMuon",), "one", False),
+    "amuse": (("AMUSE",), "four", False),
+    "sf_adamw": (("SF-AdamW",), "two", True),
+}
+
+
+def drawn(result: Json) -> str:
+    """The SVG of a benchmark's result."""
+    panels = [_horizons(result), _three(result)]
+    told = "Held-out loss over tokens: one run of each schedule-free optimizer, with the ends of tuned runs; x, y and z"
+    left = panels[0]
+    return page(panels, told, *left.key(left.left + 14, 290))
+
+
+def _horizons(result: Json) -> Panel:
+    per_step = result["tokens_per_step"] / 1e6
+    lines = [
+        Line(name, colour, _mean(result["one"][kind], "x", per_step), thin)
+        for kind, (name, colour, thin) in ONE.items()
+    ]
+    markers = []
+    for kind, (name, colour, shape) in ENDS.items():
+        ends = {int(h): [loss for loss in of["losses"] if loss is not None] for h, of in best(result, kind).items()}
+        points = [(h * per_step, min(found), statistics.fmean(found), max(found)) for h, found in ends.items() if found]
+        markers.append(Marker(name, colour, shape, points))
+    return Panel(
+        56,
+        470,
+        "One run, and runs tuned for each horizon",
+        "x on unseen text, nats a byte; means over seeds",
+        "million tokens",
+        lines,
+        markers,
+        ticks={h * per_step: f"{h * per_step:.3g}" for h in result["horizons"]},
+        log=True,
+        floor=_floor([y for line in lines for _, y in line.points]),
+        ceiling=_ceiling(lines, markers, result["horizons"][0] * per_step),
+    )
+
+
+def best(result: Json, kind: str) -> Json:
+    """By horizon; of NorMuon the better of its momenta."""
+    found: Json = dict(result["rivals"][kind])
+    for other, by_horizon in result["rivals"].items():
+        if other.startswith(f"{kind},"):
+            for h, of in by_horizon.items():
+                if None not in of["losses"] and statistics.fmean(of["losses"]) < statistics.fmean(found[h]["losses"]):
+                    found[h] = of
+    return found
+
+
+def _three(result: Json) -> Panel:
+    per_step = result["tokens_per_step"] / 1e6
+    runs = result["one"]["sf_normuon"]
+    names = {"x": (("x", "exported"), "one"), "y": (("y", "trained at"), "four"), "z": (("z", "fast"), "two")}
+    lines = [Line(name, colour, _mean(runs, which, per_step)) for which, (name, colour) in names.items()]
+    return Panel(
+        620,
+        866,
+        "x, y and z of SF-NorMuon",
+        "nats a byte on unseen text",
+        "million tokens",
+        lines,
+        ticks={h * per_step: f"{h * per_step:.3g}" for h in result["horizons"]},
+        log=True,
+        floor=_floor([y for line in lines for _, y in line.points]),
+    )
+
+
+def _mean(runs: Sequence[Json], which: str, per_step: float) -> list[tuple[float, float]]:
+    """Means over seeds, where all of them have one."""
+    found = []
+    for points in zip(*(run["seen"] for run in runs), strict=True):
+        losses = [point[which] for point in points]
+        if None not in losses:
+            found.append((points[0]["step"] * per_step, statistics.fmean(losses)))
+    return found
+
+
+def _floor(losses: Sequence[float]) -> float:
+    return int(min(losses) * 5) / 5
+
+
+def _ceiling(lines: Sequence[Line], markers: Sequence[Marker], since: float) -> float:
+    """What is before the first horizon may leave the picture."""
+    found = [y for line in lines for x, y in line.points if x >= since] + [p[3] for m in markers for p in m.points]
+    return int(max(found) * 5 + 1.5) / 5
