@@ -20,7 +20,7 @@ ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
 """The same at every horizon."""
 
 ADAMW: Final[dict[str, float]] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99}
-"""Of every rival. beta2 by a pilot (AdamW + cosine, 500 steps, lr .008): .95 2.512, .98 2.489, .99 2.419, .999 2.506."""
+"""Of every rival. beta2 by a pilot (AdamW, cosine, 500 steps, lr .008): .95 2.512, .98 2.489, .99 2.419, .999 2.506."""
 
 ALLOWED: Final = tuple(f"horizons.rivals:{name}" for name in ("AdamWCosine", "NorMuonCosine", "MuonWSD"))
 
@@ -92,7 +92,7 @@ QUICK: Final = Scale("quick", 20, (1, 2), 1, 5, 10, 32, 2, 4, 64, 8, 128, 2048, 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run from a fresh start. optimizer: its table; marks: steps at which it is measured; at: the weights that are."""
+    """A run from a fresh start. optimizer: its table; marks: steps where it is measured; at: the weights that are."""
 
     name: str
     optimizer: Json

@@ -2,12 +2,12 @@
 
     AdamWCosine      AdamW, linear warm-up, cosine to zero
     NorMuonCosine    NorMuon (arXiv 2510.05491) for the hidden matrices, AdamW for the rest, the same schedule
-    MuonWSD          Muon (torch's) for the hidden matrices, AdamW for the rest; warm-up, constant, and over the last fifth
-                     1 - sqrt down to zero (arXiv 2405.18392)
+    MuonWSD          Muon (torch's) for the hidden matrices, AdamW for the rest; warm-up, constant, and over the last
+                     fifth 1 - sqrt down to zero (arXiv 2405.18392)
 
 They are not ours, and only the benchmark has them: AdamW and Muon are torch's own. NorMuon is `SFNorMuon` with a memory
-of one step, so that x = y = z: then its rule, kernels and roles are those of the run it is compared with, and averaging
-is all that differs. Each is a recipe that the daemon builds from a table, `type = "horizons.rivals:AdamWCosine"`, and a
+of one step, so that x = y = z: then its rule, kernels and roles are those of the run it is compared with, and
+averaging is all that differs. Each is a recipe that the daemon builds from a table, `type = "horizons.rivals:AdamWCosine"`, and a
 learner trains with it as with any other; there is no x beside the weights, so averaged and fast iterate are the weights.
 """
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
+from extension.corpora import Corpus
 from probing import Probe, rounded
 from rich.console import Console
 
@@ -20,7 +21,6 @@ from anytimed.service.loop import Daemon
 from anytimed.service.recovery import recover
 from anytimed.service.requests import Mailbox
 from anytimed.storage.run_directory import RunDirectory
-from extension.corpora import Corpus
 from horizons.plans import ALLOWED, Run, Scale, tables
 
 
