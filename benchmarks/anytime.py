@@ -2,8 +2,9 @@
 
 The daemon itself trains a byte model of half a million parameters on the Python standard library's sources. One run
 each of SF-NorMuon, AMUSE and Schedule-Free AdamW, with one configuration, is measured at T, 2T, 4T and 8T. Against it
-stand, for each of these horizons, AdamW and NorMuon under a cosine and Muon under warmup-stable-decay (`horizons/rivals.py`),
-which know when they end, each with the learning rate that is best for just that horizon (`horizons/tuning.py`).
+stand, for each of these horizons, AdamW and NorMuon under a cosine and Muon under warmup-stable-decay
+(`horizons/rivals.py`), which know when they end, each with the learning rate that is best for just that horizon
+(`horizons/tuning.py`).
 
     .venv/bin/python benchmarks/anytime.py            under two hours on two cores; finished runs are kept
     .venv/bin/python benchmarks/anytime.py --quick    a smaller model, two horizons of some steps: does it work at all?

@@ -7,8 +7,9 @@
 
 They are not ours, and only the benchmark has them: AdamW and Muon are torch's own. NorMuon is `SFNorMuon` with a memory
 of one step, so that x = y = z: then its rule, kernels and roles are those of the run it is compared with, and
-averaging is all that differs. Each is a recipe that the daemon builds from a table, `type = "horizons.rivals:AdamWCosine"`, and a
-learner trains with it as with any other; there is no x beside the weights, so averaged and fast iterate are the weights.
+averaging is all that differs. Each is a recipe that the daemon builds from a table, `type =
+"horizons.rivals:AdamWCosine"`, and a learner trains with it as with any other; there is no x beside the weights, so
+averaged and fast iterate are the weights.
 """
 
 from __future__ import annotations
