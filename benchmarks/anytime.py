@@ -8,7 +8,7 @@ stand, for each of these horizons, AdamW and NorMuon under a cosine and Muon und
 
     .venv/bin/python benchmarks/anytime.py            under two hours on two cores; finished runs are kept
     .venv/bin/python benchmarks/anytime.py --quick    a smaller model, two horizons of some steps: does it work at all?
-    .venv/bin/python benchmarks/anytime.py --report   table and pictures from the JSON; trains nothing
+    .venv/bin/python benchmarks/anytime.py --report   table and picture from the JSON; trains nothing
 
 Every run is a process of its own, one thread each (with --quick they share one). What was seen in it is kept under
 .anytimed/anytime/ and taken from there where run, texts, torch and Python are the same. Needs no network.
@@ -17,103 +17,19 @@ Every run is a process of its own, one thread each (with --quick they share one)
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
-import re
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import torch
-from extension.corpora import Corpus, gather
 from horizons import picture, report
-from horizons.plans import FULL, ONE_CONFIGURATION, QUICK, RIVALS, Run, Scale, one_run, rival_run, tables
-from horizons.runs import train
+from horizons.plans import FULL, ONE_CONFIGURATION, QUICK, RIVALS, one_run, rival_run
+from horizons.trainer import Trainer, as_text, earlier, last, machine, text_of
 from horizons.tuning import best_of, tuned
 from rich.console import Console
 
 from anytimed.contracts import Json
-
-
-class Trainer:
-    """Trains runs, some at once, and keeps what was seen."""
-
-    def __init__(self, scale: Scale, scratch: Path, jobs: int, *, here: bool) -> None:
-        """here: in this process, one after the other; otherwise a process each."""
-        self.scale, self._scratch, self._here = scale, scratch, here
-        self.corpus = corpus_of(scale, scratch)
-        self._pool = ThreadPoolExecutor(1 if here else jobs)
-        self._lock = threading.Lock()
-        self.found: dict[str, Json] = {}
-
-    def all_of(self, runs: Sequence[Run]) -> list[Json]:
-        return list(self._pool.map(self._one, runs))
-
-    def _one(self, run: Run) -> Json:
-        found = self._kept(run)
-        if found is None:
-            if self._here:
-                keep(run, self.scale, self.corpus, self._scratch)
-            else:
-                self._elsewhere(run)
-            found = self._kept(run)
-            assert found is not None, run.name
-            with self._lock:
-                told = found["seen"][-1]["x"] if found["seen"] else None
-                print(f"{run.name}: {told} in {found['seconds']:.0f} s", file=sys.stderr, flush=True)
-        with self._lock:
-            self.found[run.name] = found
-        return found
-
-    def _elsewhere(self, run: Run) -> None:
-        command = [sys.executable, __file__, "--one", json.dumps(run.told()), "--scratch", str(self._scratch.parent)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        if self.scale is QUICK:
-            command.append("--quick")
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{run.name}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-
-    def _kept(self, run: Run) -> Json | None:
-        try:
-            found: Json = json.loads(_file(run, self._scratch).read_text())
-        except (OSError, ValueError):
-            return None
-        return found if found["key"] == key_of(run, self.scale, self.corpus) else None
-
-
-def corpus_of(scale: Scale, scratch: Path) -> Corpus:
-    """The text, written where it is not yet."""
-    return gather("python", scratch / "corpora", stream_bytes=scale.stream_bytes, probe_bytes=scale.probe_bytes)
-
-
-def key_of(run: Run, scale: Scale, corpus: Corpus) -> str:
-    """What a kept run has to have come from."""
-    made = [run.told(), tables(run, scale, corpus.digest, ""), torch.__version__, platform.python_version()]
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
-
-
-def _file(run: Run, scratch: Path) -> Path:
-    return scratch / "curves" / f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', run.name)}.json"
-
-
-def keep(run: Run, scale: Scale, corpus: Corpus, scratch: Path) -> None:
-    """Train a run in this process and keep what was seen."""
-    path = _file(run, scratch)
-    found = {
-        "key": key_of(run, scale, corpus),
-        **train(run, scale, corpus, scratch / "runs" / f"{path.stem}-{os.getpid()}"),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(found))
-    beside.replace(path)
 
 
 def measured(trainer: Trainer) -> Json:
@@ -121,9 +37,6 @@ def measured(trainer: Trainer) -> Json:
     were tried (first seed), and the best one's losses by seed."""
     scale = trainer.scale
     seeds = range(1, scale.seeds + 1)
-
-    def last(found: Json) -> float | None:
-        return found["seen"][-1]["x"] if found["seen"] else None
 
     def rival(kind: str, horizon: int) -> Json:
         def losses(rates: Sequence[float]) -> list[float | None]:
@@ -136,7 +49,7 @@ def measured(trainer: Trainer) -> Json:
 
     def one(kind: str) -> list[Json]:
         found = trainer.all_of([one_run(kind, scale, seed) for seed in seeds])
-        return [{name: f[name] for name in ("seen", "forgets", "parameters", "seconds")} for f in found]
+        return [{name: f[name] for name in ("seen", "forgets")} for f in found]
 
     horizons = sorted(scale.horizons, reverse=True)  # the longest first: nothing waits for one at the end
     with ThreadPoolExecutor(64) as asking:
@@ -149,29 +62,22 @@ def measured(trainer: Trainer) -> Json:
 
 
 def result_of(trainer: Trainer) -> Json:
-    scale, corpus = trainer.scale, trainer.corpus
+    scale = trainer.scale
     found = measured(trainer)
     return {
         "scale": scale.name,
-        "machine": {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()},
-        "text": {
-            "sha256": corpus.digest,
-            "stream_bytes": corpus.size,
-            "probe_documents": len(corpus.probe),
-            "probe_bytes": sum(len(text.encode()) for text in corpus.probe),
-        },
+        "machine": machine(),
+        "text": text_of(trainer.corpus),
+        "parameters": next(iter(trainer.found.values()))["parameters"],
         "tokens_per_step": scale.tokens,
         "horizons": list(scale.horizons),
         "one_configuration": {kind: one_run(kind, scale, 1).optimizer for kind in ONE_CONFIGURATION},
-        "table": report.table_of(found, scale),
+        "seconds_of_training": round(sum(run["seconds"] for run in trainer.found.values())),
+        "table": (table := report.table_of(found, scale)),
+        "bars": report.bars(table, scale),
         **found,
+        "runs": {name: {k: v for k, v in run.items() if k != "run"} for name, run in sorted(trainer.found.items())},
     }
-
-
-def as_text(result: Json) -> str:
-    """JSON with everything that fits on a line on one."""
-    text = json.dumps(result, indent=1)
-    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s+", " ", m.group()), text) + "\n"
 
 
 def parsed() -> argparse.Namespace:
@@ -180,35 +86,32 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/anytime.json"))
     parser.add_argument("--scratch", type=Path, default=Path(".anytimed/anytime"), help="where finished runs are kept")
-    parser.add_argument("--report", action="store_true", help="table and pictures from the JSON; trains nothing")
+    parser.add_argument("--from", dest="earlier", type=Path, help="take runs from this result where they are the same")
+    parser.add_argument("--report", action="store_true", help="table and picture from the JSON; trains nothing")
     parser.add_argument("--assert", dest="insist", action="store_true", help="exit with 1 where a bar is missed")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parsed()
     scale = QUICK if arguments.quick else FULL
-    scratch: Path = (arguments.scratch / scale.name).absolute()
-    if arguments.one:
-        told: dict[str, Any] = json.loads(arguments.one)
-        keep(
-            Run(**{**told, "marks": tuple(told["marks"]), "at": tuple(told["at"])}),
-            scale,
-            corpus_of(scale, scratch),
-            scratch,
-        )
-        return 0
     if arguments.report:
         result: Json = json.loads(arguments.json.read_text())
     else:
-        result = result_of(Trainer(scale, scratch, arguments.jobs, here=arguments.quick))
+        scratch: Path = (arguments.scratch / scale.name).absolute()
+        known = earlier(arguments.earlier)
+        result = result_of(Trainer(scale, scratch, arguments.jobs, here=arguments.quick, earlier=known))
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(as_text(result), encoding="utf-8")
     arguments.json.with_suffix(".svg").write_text(picture.drawn(result), encoding="utf-8")
     out = Console() if sys.stdout.isatty() else Console(width=120)
     for table in report.tables(result):
         out.print(table)
+    missed = [bar for bar in result["bars"] if not bar["ok"]]
+    if arguments.insist and missed:
+        for bar in missed:
+            print(f"missed: {bar['name']}: {bar['figure']}, expected {bar['expected']}", file=sys.stderr)
+        return 1
     return 0
 
 

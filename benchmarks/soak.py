@@ -4,8 +4,9 @@ descriptors have to stay flat.
 A process of its own runs a model of a few thousand parameters; commits and exports by step, evaluations, new files in
 its source, reloads that change something, scrapes, event listeners that come and go, pauses, an inbox that is fed. Its
 resident memory, open file descriptors and threads are read from /proc once a second. What is told is the slope of a
-line through the samples after the first quarter, over the rest of the run (Theil-Sen: the median of the slopes between
-pairs), so a single spike decides nothing.
+line through the samples of the second half (Theil-Sen: the median of the slopes between pairs), so a single spike
+decides nothing; and the growth in every quarter. In the first half memory fills: history and events are kept up to a
+limit, and the allocators' arenas grow until every size of piece has its place.
 
     .venv/bin/python benchmarks/soak.py [--steps 100000] [--assert]
 """
@@ -33,7 +34,8 @@ RESULT = Path(__file__).parent / "results" / "soak.json"
 MEMORY_BAR = 0.03
 """Growth over the measured part, as a share of the memory at its beginning."""
 DESCRIPTOR_BAR = 1.0
-STEADY_FROM = 0.25
+STEADY_FROM = 0.5
+QUARTERS = 4
 
 CONFIG = """
 [run]
@@ -112,6 +114,16 @@ def growth(steps: list[int], values: list[float]) -> float:
     pairs = list(itertools.combinations(range(0, len(steps), max(1, len(steps) // 200)), 2))
     slopes = [(values[b] - values[a]) / (steps[b] - steps[a]) for a, b in pairs if steps[b] > steps[a]]
     return statistics.median(slopes) * (steps[-1] - steps[0]) if slopes else 0.0
+
+
+def quarters(steps: list[int], values: list[float]) -> list[float]:
+    """The growth within each quarter of the steps."""
+    found = []
+    for i in range(QUARTERS):
+        lowest, highest = (steps[-1] * (i + d) / QUARTERS for d in (0, 1))
+        chosen = [at for at, step in enumerate(steps) if lowest <= step <= highest]
+        found.append(round(growth([steps[at] for at in chosen], [values[at] for at in chosen]), 2) if chosen else 0.0)
+    return found
 
 
 def disturb(
@@ -213,6 +225,7 @@ def soak(steps: int, folder: Path, without: frozenset[str] = frozenset()) -> Jso
                 "last": round(rows[-1][name], 2),
                 "most": round(max(row[name] for row in rows), 2),
                 "growth": round(growth(steady, [row[name] for row in rows]), 3),
+                "growth_by_quarter": quarters(at, [row[name] for row in seen]),
             }
             for name in rows[0]
         },

@@ -87,7 +87,10 @@ class Scale:
 
 
 FULL: Final = Scale("full", 250, (1, 2, 4, 8), 3, 50, 25, 128, 2, 4, 128, 8, 512, 8192, 32_768, 3_200_000)
+LONG: Final = Scale("long", 250, (1, 4, 20), 2, 50, 25, 64, 2, 4, 128, 8, 512, 8192, 32_768, 6_000_000)
+"""A smaller model, to twenty times T."""
 QUICK: Final = Scale("quick", 20, (1, 2), 1, 5, 10, 32, 2, 4, 64, 8, 128, 2048, 4096, 150_000)
+SCALES: Final = {scale.name: scale for scale in (FULL, LONG, QUICK)}
 
 
 @dataclass(frozen=True, slots=True)

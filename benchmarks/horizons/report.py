@@ -44,6 +44,39 @@ def table_of(found: Json, scale: Scale) -> Json:
     return told
 
 
+CLOSE_NATS: Final = 0.03
+AHEAD_NATS: Final = 0.1
+
+
+def bars(table: Json, scale: Scale) -> list[Json]:
+    """What the issue asks of the one run, for SF-NorMuon and for AMUSE, at the horizon where it does worst; `ok` is
+    False where a rival diverged."""
+    found = []
+    for kind in ("sf_normuon", "amuse"):
+        for against, most in (("adamw", -AHEAD_NATS), ("normuon", CLOSE_NATS)):
+            rivals = [name for name in table if name.split(",")[0] == against]
+            behind = [_behind(table[kind], [table[name] for name in rivals], str(h)) for h in scale.horizons]
+            figure = None if None in behind else max(b for b in behind if b is not None)
+            found.append(
+                {
+                    "name": f"{NAMES[kind]}, behind {NAMES[against]}, at the worst horizon",
+                    "figure": figure,
+                    "by_horizon": behind,
+                    "expected": f"at most {most:+} nats per byte",
+                    "ok": figure is not None and figure <= most,
+                }
+            )
+    return found
+
+
+def _behind(one: Json, rivals: Sequence[Json], horizon: str) -> float | None:
+    """Mean minus that of the best of the rivals there."""
+    means = [rival[horizon]["mean"] for rival in rivals]
+    if one[horizon]["mean"] is None or None in means:
+        return None
+    return round(one[horizon]["mean"] - min(means), 4)
+
+
 def _at(run: Json, step: int) -> float | None:
     return next((point["x"] for point in run["seen"] if point["step"] == step), None)
 
@@ -55,7 +88,12 @@ def tables(result: Json) -> list[Table]:
     losses = Table("", *heads, title="Held-out nats per byte: mean over seeds, +- half their range; (learning rate)")
     for kind, by_horizon in result["table"].items():
         losses.add_row(NAMES.get(kind, kind), *(_cell(by_horizon[h]) for h in horizons))
-    return [losses]
+    held = Table("bar", "found", "by horizon", "expected", "")
+    for bar in result["bars"]:
+        by = ", ".join("-" if b is None else f"{b:+.3f}" for b in bar["by_horizon"])
+        figure = "-" if bar["figure"] is None else f"{bar['figure']:+.3f}"
+        held.add_row(bar["name"], figure, by, bar["expected"], "holds" if bar["ok"] else "MISSED")
+    return [losses, held]
 
 
 def _cell(found: dict[str, Any]) -> str:
