@@ -22,7 +22,10 @@ ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
 ADAMW: Final[dict[str, float]] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99}
 """Of every rival. beta2 by a pilot (AdamW, cosine, 500 steps, lr .008): .95 2.512, .98 2.489, .99 2.419, .999 2.506."""
 
-ALLOWED: Final = tuple(f"horizons.rivals:{name}" for name in ("AdamWCosine", "NorMuonCosine", "MuonWSD"))
+ALLOWED: Final = (
+    *(f"horizons.rivals:{name}" for name in ("AdamWCosine", "NorMuonCosine", "MuonWSD")),
+    "horizons.decay:SFNorMuonDecayAtY",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,125 @@
+"""How much each number matters: one at a time away from the one configuration of `anytime.py`, measured at T and at 4T.
+
+Learning rate (the auxiliaries' with it) times 1/4 to 4, beta, momentum, rho, weight decay and warm-up, for SF-NorMuon
+and for AMUSE; one seed. What they are compared with is the run of `anytime.py`; how far its other seeds are from it
+says how much of a difference means nothing.
+
+    .venv/bin/python benchmarks/sensitivity.py                  about an hour on two cores; finished runs are kept
+    .venv/bin/python benchmarks/sensitivity.py --report         the table from the JSON; trains nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from horizons.plans import FULL, Run, Scale, one_run
+from horizons.trainer import Trainer, as_text, earlier, machine, text_of
+from rich.console import Console
+from rich.table import Table
+
+from anytimed.contracts import Json
+
+FACTORS: Final = (0.25, 0.5, 2.0, 4.0)
+VARIED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
+    "sf_normuon": {
+        "beta": (0.8, 0.95, 0.98),
+        "mu": (0.6, 0.7, 0.9, 0.95),
+        "weight_decay": (0.0, 0.05, 0.2),
+        "warmup_steps": (12, 25, 100, 200),
+    },
+    "amuse": {
+        "beta1": (0.4, 0.8),
+        "mu": (0.6, 0.7, 0.9, 0.95),
+        "rho": (0.0, 0.2, 0.6, 0.8),
+        "weight_decay": (0.0, 0.05, 0.2),
+        "warmup_steps": (25, 100, 200),
+    },
+}
+MULTIPLES: Final = (1, 4)
+
+
+def varied(kind: str, scale: Scale) -> dict[str, dict[str, Run]]:
+    """By what is varied and the value, the runs; "base" by seed."""
+    base, horizons = one_run(kind, scale, 1).optimizer, tuple(scale.unit * m for m in MULTIPLES)
+
+    def run(told: str, changes: Json) -> Run:
+        return Run(f"{kind} {told}", {**base, **changes}, horizons[-1], 1, horizons, ("x",))
+
+    found = {"base": {f"seed {seed}": one_run(kind, scale, seed) for seed in range(1, scale.seeds + 1)}}
+    rates = {f"{f:g}": {"lr": base["lr"] * f, "aux_lr": base["aux_lr"] * f} for f in FACTORS}
+    found["lr times"] = {told: run(f"lr times {told}", changes) for told, changes in rates.items()}
+    for name, values in VARIED[kind].items():
+        found[name] = {f"{value:g}": run(f"{name} {value:g}", {name: value}) for value in values}
+    return found
+
+
+def result_of(trainer: Trainer) -> Json:
+    scale = trainer.scale
+    plans = {kind: varied(kind, scale) for kind in VARIED}
+    horizons = [scale.unit * m for m in MULTIPLES]
+    trainer.all_of([run for some in plans.values() for by in some.values() for run in by.values()])
+    return {
+        "scale": scale.name,
+        "machine": machine(),
+        "text": text_of(trainer.corpus),
+        "horizons": horizons,
+        "base": {kind: one_run(kind, scale, 1).optimizer for kind in VARIED},
+        "table": {
+            kind: {
+                name: {value: _losses(trainer.found[run.name], horizons) for value, run in by.items()}
+                for name, by in some.items()
+            }
+            for kind, some in plans.items()
+        },
+        "runs": {name: {k: v for k, v in run.items() if k != "run"} for name, run in sorted(trainer.found.items())},
+    }
+
+
+def _losses(found: Json, horizons: list[int]) -> list[float | None]:
+    at = {point["step"]: point["x"] for point in found["seen"]}
+    return [at.get(h) for h in horizons]
+
+
+def tables(result: Json) -> list[Table]:
+    """Losses, and how far they are from those of the base's first seed."""
+    found = []
+    heads = [f"{h} steps" for h in result["horizons"]]
+    for kind, some in result["table"].items():
+        base = some["base"]["seed 1"]
+        told = Table("varied", "value", *heads, title=f"{kind}: x in nats per byte")
+        for name, by in some.items():
+            for value, losses in by.items():
+                told.add_row(name, value, *(_cell(loss, at) for loss, at in zip(losses, base, strict=True)))
+        found.append(told)
+    return found
+
+
+def _cell(loss: float | None, base: float) -> str:
+    return "diverged" if loss is None else f"{loss:.3f} ({loss - base:+.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/sensitivity.json"))
+    parser.add_argument("--scratch", type=Path, default=Path(".anytimed/anytime"), help="where finished runs are kept")
+    parser.add_argument("--from", dest="earlier", type=Path, help="take runs from this result where they are the same")
+    parser.add_argument("--report", action="store_true", help="the table from the JSON; trains nothing")
+    arguments = parser.parse_args()
+    if arguments.report:
+        result: Json = json.loads(arguments.json.read_text())
+    else:
+        scratch = (arguments.scratch / FULL.name).absolute()
+        result = result_of(Trainer(FULL, scratch, arguments.jobs, here=False, earlier=earlier(arguments.earlier)))
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(as_text(result), encoding="utf-8")
+    for table in tables(result):
+        (Console() if sys.stdout.isatty() else Console(width=120)).print(table)
+
+
+if __name__ == "__main__":
+    main()
