@@ -2,6 +2,8 @@
 # make test    the whole suite
 # make check   ruff, mypy, import contracts, systemd unit
 # make bench   the benchmarks, about an hour on a quiet machine
+# make bench-anytime  one configuration against runs tuned for every horizon, the table and the first picture of the
+#              README: two hours on two cores; stopped and started again it goes on
 # make faults  every fault of the list at every point, with the list of what was injected; as root, with strace; an hour or two
 # make fuzz    a hundred thousand hostile records and a thousand damaged shards, two minutes
 # make longrun x after a million steps of every optimizer, about an hour on two cores
@@ -17,7 +19,7 @@ PIP_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INPUTS := pyproject.toml constraints.txt
 WORKERS ?= 2
 
-.PHONY: run test faults fuzz check bench longrun clean
+.PHONY: run test faults fuzz check bench bench-anytime longrun clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -49,6 +51,9 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/stream_growth.py
+
+bench-anytime: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/anytime.py $(ARGS)
 
 # torch first and alone: it is the large one, and the constraint names the exact version that every later resolve keeps.
 $(VENV)/.installed: $(INPUTS)
