@@ -10,6 +10,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from anytimed.config import Config
 from anytimed.optim import SFNorMuon, param_groups
 
 ROOT = Path(__file__).parent.parent
@@ -247,3 +249,35 @@ def test_a_bar_that_is_missed_is_said_to_be() -> None:
     assert told(None, 1.1, 1.0) == [False, False, False, False]
     assert report.spread([1.0, 3.0]) == {"mean": 2.0, "spread": 1.0, "seeds": 2}
     assert report.spread([1.0, None])["mean"] is None
+
+
+def test_sensitivity_varies_one_number_at_a_time_and_every_configuration_is_allowed() -> None:
+    sensitivity, plans = importlib.import_module("sensitivity"), importlib.import_module("horizons.plans")
+    registry = importlib.import_module("anytimed.registry")
+    for kind in sensitivity.VARIED:
+        runs = sensitivity.varied(kind, plans.FULL)
+        base = runs.pop("base")["seed 1"].optimizer
+        assert len({run.name for by in runs.values() for run in by.values()}) == sum(map(len, runs.values()))
+        for name, by in runs.items():
+            for run in by.values():
+                changed = {key for key, value in run.optimizer.items() if base[key] != value}
+                assert changed == ({"lr", "aux_lr"} if name == "lr times" else {name})
+                assert run.optimizer.keys() == base.keys()
+                config = Config.model_validate(plans.tables(run, plans.FULL, "texts", "folder"))
+                registry.build("anytimed.optimizers", config.optimizer, "here", ("optimizer",))
+                assert set(run.marks) == {250, 1000}
+
+
+def test_each_place_of_the_decay_is_trained_through_the_daemon(tmp_path: Path) -> None:
+    long_horizon, plans = importlib.import_module("long_horizon"), importlib.import_module("horizons.plans")
+    runs, trainer = importlib.import_module("horizons.runs"), importlib.import_module("horizons.trainer")
+    scale, seen = plans.QUICK, {}
+    corpus = trainer.corpus_of(scale, tmp_path)
+    for way in long_horizon.WAYS:
+        run = replace(long_horizon.run_of(way, scale, 1), steps=6, marks=(3, 6))
+        found = runs.train(run, scale, corpus, tmp_path / "run")
+        assert [point["step"] for point in found["seen"]] == [3, 6]
+        assert all(point.keys() >= set(long_horizon.FIGURES) for point in found["seen"])
+        seen[way] = [point["z_norm"] for point in found["seen"]]
+    assert seen["at z"] != seen["at y"] != seen["none"]
+    assert max(seen["at z"][-1], seen["at y"][-1]) < seen["none"][-1], "what decays is not smaller"
