@@ -9,6 +9,9 @@ stand, for each of these horizons, AdamW and NorMuon under a cosine and Muon und
     .venv/bin/python benchmarks/anytime.py            under two hours on two cores; finished runs are kept
     .venv/bin/python benchmarks/anytime.py --quick    a smaller model, two horizons of some steps: does it work at all?
     .venv/bin/python benchmarks/anytime.py --report   table and picture from the JSON; trains nothing
+    .venv/bin/python benchmarks/anytime.py --gpu --texts '/data/**/*.txt' --multiples 1,2 --json gpu.json
+                                                      27.5 M parameters, T = 550 M tokens of your own text, one seed; a
+                                                      T needs 660 MB of it. Adds tokens/s, and MFU with --peak-tflops
 
 Every run is a process of its own, one thread each (with --quick they share one). What was seen in it is kept under
 .anytimed/anytime/ and taken from there where run, texts, torch and Python are the same. Needs no network.
@@ -24,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from horizons import picture, report
-from horizons.plans import FULL, ONE_CONFIGURATION, QUICK, RIVALS, one_run, rival_run
+from horizons.plans import FULL, GPU, QUICK, RIVALS, Scale, one_run, rival_run
 from horizons.trainer import Trainer, as_text, earlier, last, machine, text_of
 from horizons.tuning import best_of, tuned
 from rich.console import Console
@@ -53,7 +56,7 @@ def measured(trainer: Trainer) -> Json:
 
     horizons = sorted(scale.horizons, reverse=True)  # the longest first: nothing waits for one at the end
     with ThreadPoolExecutor(64) as asking:
-        ones = {kind: asking.submit(one, kind) for kind in ONE_CONFIGURATION}
+        ones = {kind: asking.submit(one, kind) for kind in scale.configuration}
         rivals = {(kind, h): asking.submit(rival, kind, h) for h in horizons for kind in RIVALS}
         return {
             "one": {kind: asked.result() for kind, asked in ones.items()},
@@ -61,7 +64,21 @@ def measured(trainer: Trainer) -> Json:
         }
 
 
-def result_of(trainer: Trainer) -> Json:
+def speed_of(trainer: Trainer, peak_tflops: float | None) -> Json:
+    """Tokens a second of the one runs, and how much of the device's peak that is: 6 N + 12 L d c operations a token,
+    with N parameters, L layers of width d, and c tokens of context (PaLM, arXiv 2204.02311, appendix B)."""
+    scale = trainer.scale
+    found: Json = {}
+    for kind in scale.configuration:
+        run = trainer.found[f"{kind}@1"]
+        found[kind] = {"tokens_per_s": run["tokens_per_s"]}
+        if peak_tflops and run["tokens_per_s"]:
+            operations = 6 * run["parameters"] + 12 * scale.layers * scale.hidden * scale.context
+            found[kind]["mfu"] = round(operations * run["tokens_per_s"] / (peak_tflops * 1e12), 4)
+    return found
+
+
+def result_of(trainer: Trainer, peak_tflops: float | None) -> Json:
     scale = trainer.scale
     found = measured(trainer)
     return {
@@ -71,7 +88,8 @@ def result_of(trainer: Trainer) -> Json:
         "parameters": next(iter(trainer.found.values()))["parameters"],
         "tokens_per_step": scale.tokens,
         "horizons": list(scale.horizons),
-        "one_configuration": {kind: one_run(kind, scale, 1).optimizer for kind in ONE_CONFIGURATION},
+        "one_configuration": {kind: one_run(kind, scale, 1).optimizer for kind in scale.configuration},
+        "speed": speed_of(trainer, peak_tflops),
         "seconds_of_training": round(sum(run["seconds"] for run in trainer.found.values())),
         "table": (table := report.table_of(found, scale)),
         "bars": report.bars(table, scale),
@@ -83,24 +101,46 @@ def result_of(trainer: Trainer) -> Json:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, two short horizons: whether it works")
+    parser.add_argument("--gpu", action="store_true", help="27.5 M parameters on CUDA, on your own --texts")
+    parser.add_argument("--texts", help="a glob of text files to train and measure on, instead of Python's library")
+    parser.add_argument("--multiples", type=multiples, help="horizons, in T: 1,2,4,8")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in the precision that is used; for the MFU")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/anytime.json"))
     parser.add_argument("--scratch", type=Path, default=Path(".anytimed/anytime"), help="where finished runs are kept")
     parser.add_argument("--from", dest="earlier", type=Path, help="take runs from this result where they are the same")
     parser.add_argument("--report", action="store_true", help="table and picture from the JSON; trains nothing")
     parser.add_argument("--assert", dest="insist", action="store_true", help="exit with 1 where a bar is missed")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.gpu and not (arguments.texts or arguments.report):
+        parser.error("--gpu: give --texts as well; Python's library is too small for it")
+    return arguments
+
+
+def multiples(text: str) -> tuple[int, ...]:
+    """For argparse: ascending whole numbers."""
+    found = tuple(int(part) for part in text.split(",") if part.isdigit() and int(part))
+    if len(found) != len(text.split(",")) or list(found) != sorted(set(found)):
+        raise argparse.ArgumentTypeError(f"{text}: expected ascending whole numbers, as 1,2,4")
+    return found
+
+
+def scale_of(arguments: argparse.Namespace) -> Scale:
+    scale = QUICK if arguments.quick else GPU if arguments.gpu else FULL
+    return scale.to(arguments.multiples) if arguments.multiples else scale
 
 
 def main() -> int:
     arguments = parsed()
-    scale = QUICK if arguments.quick else FULL
+    scale = scale_of(arguments)
     if arguments.report:
         result: Json = json.loads(arguments.json.read_text())
     else:
         scratch: Path = (arguments.scratch / scale.name).absolute()
         known = earlier(arguments.earlier)
-        result = result_of(Trainer(scale, scratch, arguments.jobs, here=arguments.quick, earlier=known))
+        jobs = 1 if arguments.gpu else arguments.jobs
+        trainer = Trainer(scale, scratch, jobs, here=arguments.quick, earlier=known, texts=arguments.texts)
+        result = result_of(trainer, arguments.peak_tflops)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(as_text(result), encoding="utf-8")
     arguments.json.with_suffix(".svg").write_text(picture.drawn(result), encoding="utf-8")

@@ -22,6 +22,9 @@ from torch.nn.functional import cross_entropy
 
 from anytimed.config import Config
 from anytimed.optim import SFNorMuon, param_groups
+from anytimed.service.assembly import parts_of
+from anytimed.service.check import footprint
+from anytimed.training.device import Device
 
 ROOT = Path(__file__).parent.parent
 
@@ -281,3 +284,41 @@ def test_each_place_of_the_decay_is_trained_through_the_daemon(tmp_path: Path) -
         seen[way] = [point["z_norm"] for point in found["seen"]]
     assert seen["at z"] != seen["at y"] != seen["none"]
     assert max(seen["at z"][-1], seen["at y"][-1]) < seen["none"][-1], "what decays is not smaller"
+
+
+def test_the_larger_model_reads_texts_of_ones_own(tmp_path: Path) -> None:
+    plans, texts = importlib.import_module("horizons.plans"), importlib.import_module("horizons.texts")
+    scale = plans.GPU.to((1, 2))
+    assert (scale.horizons, scale.stream_bytes) == ((4200, 8400), round(1.2 * 8400 * 131_072))
+    config = Config.model_validate(plans.tables(plans.one_run("amuse", scale, 1), scale, "texts", "folder"))
+    found = footprint(parts_of(config), Device("cpu", precision="float32", deterministic=False))
+    assert 27e6 < found.parameters < 28e6
+
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for number in range(40):
+        lines = "".join(f"line {line} of file {number}, é\n" for line in range(1500))
+        (tmp_path / "in" / "deep" / f"{number}.txt").write_text(lines, encoding="utf-8")
+    (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG\xff\xfe" * 1000)
+    pattern = f"{tmp_path}/in/**/*"
+    corpus = texts.own_texts(pattern, tmp_path / "out", stream_bytes=300_000, probe_bytes=3000)
+    assert texts.own_texts(pattern, tmp_path / "out", stream_bytes=300_000, probe_bytes=3000) == corpus
+    read = [json.loads(line)["text"] for line in corpus.stream.read_text(encoding="utf-8").splitlines()]
+    assert sum(len(text.encode()) for text in read) == corpus.size >= 300_000
+    assert all(text.endswith("\n") and len(text.encode()) <= texts.DOCUMENT for text in read)
+    of_files = {text.split("of file ")[1].split(",")[0] for text in read}
+    held = {text.split("of file ")[1].split(",")[0] for text in corpus.probe}
+    assert held
+    assert not of_files & held
+    with pytest.raises(SystemExit, match=r"found .* bytes of text in 41 files, expected 1,000,000,000"):
+        texts.own_texts(pattern, tmp_path / "out", stream_bytes=10**9, probe_bytes=3000)
+
+
+def test_what_it_is_asked_for_is_checked() -> None:
+    def told(*more: str) -> str:
+        command = [sys.executable, "benchmarks/anytime.py", *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "give --texts as well" in told("--gpu")
+    assert "expected ascending whole numbers" in told("--multiples", "2,1")

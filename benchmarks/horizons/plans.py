@@ -7,7 +7,7 @@ horizon, stand the rivals that know it, each with the learning rate that is best
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from anytimed.contracts import Json
@@ -18,6 +18,13 @@ ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
     "sf_adamw": {"type": "sf_adamw", "lr": 0.006, "beta": 0.9},
 }
 """The same at every horizon."""
+
+ON_A_GPU: Final[dict[str, dict[str, Any]]] = {
+    "sf_normuon": {"type": "sf_normuon", "lr": 0.01, "aux_lr": 0.005, "beta": 0.9, "mu": 0.8},
+    "amuse": {"type": "amuse", "lr": 0.02, "aux_lr": 0.01, "beta1": 0.6, "mu": 0.95, "rho": 0.8},
+    "sf_adamw": {"type": "sf_adamw", "lr": 0.0025, "beta": 0.9},
+}
+"""The same at every horizon there: the papers' values, where they give one. Nobody has tried them at this size here."""
 
 ADAMW: Final[dict[str, float]] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99}
 """Of every rival. beta2 by a pilot (AdamW, cosine, 500 steps, lr .008): .95 2.512, .98 2.489, .99 2.419, .999 2.506."""
@@ -71,6 +78,13 @@ class Scale:
     holdout_tokens: int
     probe_bytes: int
     stream_bytes: int
+    micro_batch: int | None = None
+    gpu: bool = False
+
+    @property
+    def configuration(self) -> Mapping[str, Mapping[str, Any]]:
+        """The tables of the one runs."""
+        return ON_A_GPU if self.gpu else ONE_CONFIGURATION
 
     @property
     def horizons(self) -> tuple[int, ...]:
@@ -80,6 +94,10 @@ class Scale:
     def tokens(self) -> int:
         """Of a step."""
         return self.batch * self.context
+
+    def to(self, multiples: tuple[int, ...]) -> Scale:
+        """With other horizons, and as much text as these need: a tenth is held out."""
+        return replace(self, multiples=multiples, stream_bytes=round(1.2 * self.unit * max(multiples) * self.tokens))
 
     def marks(self) -> tuple[int, ...]:
         """Steps at which the one run is measured: three to an octave, and every horizon."""
@@ -93,7 +111,11 @@ FULL: Final = Scale("full", 250, (1, 2, 4, 8), 3, 50, 25, 128, 2, 4, 128, 8, 512
 LONG: Final = Scale("long", 250, (1, 4, 20), 2, 50, 25, 64, 2, 4, 128, 8, 512, 8192, 32_768, 6_000_000)
 """A smaller model, to twenty times T."""
 QUICK: Final = Scale("quick", 20, (1, 2), 1, 5, 10, 32, 2, 4, 64, 8, 128, 2048, 4096, 150_000)
-SCALES: Final = {scale.name: scale for scale in (FULL, LONG, QUICK)}
+GPU: Final = Scale(
+    "gpu", 4200, (1, 2, 4, 8), 1, 400, 100, 512, 8, 8, 1024, 128, 16_384, 262_144, 262_144, 5_000_000_000, 64, gpu=True
+)
+"""27.5 M parameters; T is 550 M tokens, twenty for each of them. With fewer horizons it needs less text."""
+SCALES: Final = {scale.name: scale for scale in (FULL, LONG, QUICK, GPU)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +136,7 @@ class Run:
 
 def one_run(kind: str, scale: Scale, seed: int) -> Run:
     """The run of a schedule-free optimizer to the longest horizon."""
-    optimizer = {**ONE_CONFIGURATION[kind], "weight_decay": 0.1, "warmup_steps": scale.warmup}
+    optimizer = {**scale.configuration[kind], "weight_decay": 0.1, "warmup_steps": scale.warmup}
     return Run(f"{kind}@{seed}", optimizer, scale.horizons[-1], seed, scale.marks())
 
 
@@ -129,8 +151,12 @@ NEVER: Final = 10**9
 
 def tables(run: Run, scale: Scale, stream: str, folder: str) -> Json:
     """The configuration of a run, as its file would say it."""
+    where = (
+        {"device": "cuda", "precision": "bfloat16", "compile": True} if scale.gpu else {"device": "cpu", "threads": 1}
+    )
+    micro = {} if scale.micro_batch is None else {"micro_batch_size": scale.micro_batch}
     return {
-        "run": {"directory": f"{folder}/run", "seed": run.seed, "device": "cpu", "threads": 1},
+        "run": {"directory": f"{folder}/run", "seed": run.seed, **where},
         "model": {
             "type": "llama",
             "hidden_size": scale.hidden,
@@ -144,6 +170,7 @@ def tables(run: Run, scale: Scale, stream: str, folder: str) -> Json:
         "data": {
             "sequence_length": scale.context,
             "batch_size": scale.batch,
+            **micro,
             "shuffle_block_sequences": scale.block,
             "discover": {"every_s": 3600.0},
             "holdout": {"fraction": 0.1, "max_tokens": scale.holdout_tokens, "record_tokens": 1024},

@@ -30,11 +30,23 @@ class Watched(Daemon):
     def watch(self, run: Run, probe: Probe) -> None:
         self._run, self._probe = run, probe
         self.seen: list[Json] = []
+        self._since: float | None = None
+        self.trained_s, self._trained_from = 0.0, 0
 
     def _step(self, batch: Batch) -> None:
         super()._step(batch)
+        if self._since is None:  # the first step may compile
+            self._since, self._trained_from = time.monotonic(), self._learner.tokens
         if self._learner.step_count in self._run.marks:
+            self._learner.metrics()  # waits for the device
+            self.trained_s += time.monotonic() - self._since
             self._look()
+            self._since = time.monotonic()
+
+    def tokens_per_s(self) -> float | None:
+        """Until the last mark, evaluations of the daemon's own included, looks at the marks left out."""
+        told = self.seen[-1]["tokens"] - self._trained_from if self.seen else 0
+        return round(told / self.trained_s, 1) if self.trained_s and told else None
 
     def _look(self) -> None:
         figures = self._learner.metrics()
@@ -64,6 +76,7 @@ def train(run: Run, scale: Scale, corpus: Corpus, folder: Path) -> Json:
             "seen": daemon.seen,
             "forgets": [entry["step"] for entry in session.decisions.of("forget")],
             "skipped": session.learner.skipped,
+            "tokens_per_s": daemon.tokens_per_s(),
             "seconds": round(time.monotonic() - began, 1),
         }
     shutil.rmtree(folder)

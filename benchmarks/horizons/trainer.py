@@ -26,16 +26,27 @@ from extension.corpora import Corpus, gather
 from anytimed.contracts import Json
 from horizons.plans import SCALES, Run, Scale, tables
 from horizons.runs import train
+from horizons.texts import own_texts
 
 
 class Trainer:
     """`found`: by name, every run that was asked for."""
 
-    def __init__(self, scale: Scale, scratch: Path, jobs: int, *, here: bool, earlier: Mapping[str, Json]) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        scratch: Path,
+        jobs: int,
+        *,
+        here: bool,
+        earlier: Mapping[str, Json],
+        texts: str | None = None,
+    ) -> None:
         """here: in this process, one after the other; otherwise a process each. earlier: runs of a result that may be
-        taken where their key is the same."""
+        taken where their key is the same. texts: a glob of files to read instead of Python's library."""
         self.scale, self._scratch, self._here, self._earlier = scale, scratch, here, earlier
-        self.corpus = corpus_of(scale, scratch)
+        self._texts = texts
+        self.corpus = corpus_of(scale, scratch, texts)
         self._pool = ThreadPoolExecutor(1 if here else jobs)
         self._lock = threading.Lock()
         self.found: dict[str, Json] = {}
@@ -59,14 +70,11 @@ class Trainer:
         return found
 
     def _elsewhere(self, run: Run) -> None:
-        told = json.dumps({"scale": self.scale.name, "scratch": str(self._scratch), "run": run.told()})
-        path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(path),
-        }
+        asked = {"scale": self.scale.name, "multiples": self.scale.multiples, "texts": self._texts}
+        told = json.dumps({**asked, "scratch": str(self._scratch), "run": run.told()})
+        path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        one_thread = {} if self.scale.gpu else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, **one_thread, "PYTHONPATH": path}
         command = [sys.executable, "-m", "horizons.trainer", told]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
@@ -86,8 +94,11 @@ def last(found: Json) -> float | None:
     return found["seen"][-1]["x"] if found["seen"] else None
 
 
-def corpus_of(scale: Scale, scratch: Path) -> Corpus:
+def corpus_of(scale: Scale, scratch: Path, texts: str | None = None) -> Corpus:
     """The text, written where it is not yet."""
+    if texts is not None:
+        sizes = {"stream_bytes": scale.stream_bytes, "probe_bytes": scale.probe_bytes}
+        return own_texts(texts, scratch / "corpora", **sizes)
     return gather("python", scratch / "corpora", stream_bytes=scale.stream_bytes, probe_bytes=scale.probe_bytes)
 
 
@@ -141,8 +152,10 @@ def main() -> None:
     """For `python -m`: one run, told as JSON."""
     asked: dict[str, Any] = json.loads(sys.argv[1])
     told, scale, scratch = asked["run"], SCALES[asked["scale"]], Path(asked["scratch"])
+    if list(scale.multiples) != asked["multiples"]:
+        scale = scale.to(tuple(asked["multiples"]))
     run = Run(**{**told, "marks": tuple(told["marks"]), "at": tuple(told["at"])})
-    keep(run, scale, corpus_of(scale, scratch), scratch)
+    keep(run, scale, corpus_of(scale, scratch, asked["texts"]), scratch)
 
 
 if __name__ == "__main__":
