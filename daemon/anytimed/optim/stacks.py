@@ -231,8 +231,10 @@ class FlatStack(Stack):
         self.sizes = [p.numel() for p in params]
         super().__init__(params, (sum(self.sizes),), lean)
         self.v = torch.zeros_like(self.z)
-        owner = torch.arange(len(params)).repeat_interleave(torch.tensor(self.sizes))
-        self._owner = owner.to(self.z.device) if len(params) > 1 else None
+        self._owner: Tensor | None = None
+        if len(params) > 1:
+            owner = torch.arange(len(params)).repeat_interleave(torch.tensor(self.sizes))
+            self._owner = owner.to(self.z.device)
 
     @classmethod
     def gather(cls, params: Iterable[Tensor], lean: bool) -> list[Self]:
