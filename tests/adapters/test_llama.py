@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from anytimed.contracts import ConfigError
@@ -97,3 +102,51 @@ def test_config_round_trip() -> None:
     ours = model(tie_embeddings=False, intermediate_size=100)
     again = LlamaModel.from_hf(ours.hf_config(VOCAB, 0))
     assert again.hf_config(VOCAB, 0) == ours.hf_config(VOCAB, 0)
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that were allocated at once, besides those of the tensors that it is made with."""
+
+    def __init__(self, besides: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in besides}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, count: int) -> None:
+        self.known.discard(key)
+        self.now -= count
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "vocab"),
+    [
+        ({"hidden_size": 128, "layers": 3, "heads": 4, "intermediate_size": 512}, 9000),
+        ({"hidden_size": 192, "layers": 6, "heads": 6, "kv_heads": 2, "intermediate_size": 512}, 257),
+    ],
+)
+def test_the_estimate_of_activations_is_what_is_allocated(shape: dict[str, int], vocab: int, bfloat16: bool) -> None:
+    """Under autocast too, where the copies of the weights, the residual stream in float32 and the gradient of the loss
+    were once left out: a fifth of it."""
+    ours = LlamaModel(LlamaModel.Settings(**shape))
+    module = ours.build(vocab)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as in every micro-batch but the first
+    there = [tensor for p in module.parameters() for tensor in (p, p.grad) if tensor is not None]
+    tokens = torch.randint(vocab, (4, 129))
+    with Allocated(there) as allocated:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = ours.losses(module, tokens).sum()
+        loss.backward()
+    assert ours.activation_bytes(4, 128, vocab, 2 if bfloat16 else 4) == pytest.approx(allocated.most, rel=0.02)

@@ -16,7 +16,7 @@ from anytimed.contracts import Batch, ConfigError, CorruptError, HeldRecord, Hol
 from anytimed.optim import ScheduleFree, SFAdamW, SFNorMuon, param_groups
 from anytimed.training.device import Device
 from anytimed.training.evaluate import IGNORED, windows
-from anytimed.training.footprint import estimate
+from anytimed.training.footprint import Footprint, estimate
 from anytimed.training.learner import Learner
 from anytimed_adapters.models.llama import LlamaModel
 
@@ -337,15 +337,44 @@ def test_start_from_sets_x_y_and_z() -> None:
     assert same(state(one), state(other))
 
 
-def test_the_footprint_counts_what_is_allocated() -> None:
-    one = learner()
-    meta = one.model.build(VOCAB, device="meta")
-    optimizer = SFNorMuon(param_groups(meta.named_parameters(), one.model.roles(meta)))
-    found = estimate(one.model, meta, optimizer, micro_batch=4, length=LENGTH, vocab_size=VOCAB, element_bytes=4)
+def counted(device_type: str, micro: int = 4, evaluation: int = 2, lean: bool = False) -> Footprint:
+    model = learner().model
+    meta = model.build(VOCAB, device="meta")
+    return estimate(
+        model,
+        meta,
+        SFNorMuon(param_groups(meta.named_parameters(), model.roles(meta)), lean=lean),
+        micro_batch=micro,
+        evaluation_batch=evaluation,
+        length=LENGTH,
+        vocab_size=VOCAB,
+        element_bytes=4,
+        device_type=device_type,
+    )
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_footprint_counts_what_is_allocated(lean: bool) -> None:
+    one, found = learner(lean=lean), counted("cpu", lean=lean)
     real = [t for p in one.module.parameters() for t in one.optimizer.state[p].values()]
     assert found.optimizer_bytes == sum(t.numel() * t.element_size() for t in real)
     assert found.parameters == sum(p.numel() for p in one.module.parameters())
-    assert found.total_bytes > found.parameter_bytes + found.gradient_bytes + found.optimizer_bytes
+    snapshot = one.snapshot({}, {})
+    written = sum(len(t.data) for name, t in snapshot.tensors.items() if not name.startswith("rng."))
+    assert found.copy_bytes == written, "a commit copies all of it"
+
+
+def test_what_comes_and_goes_counts_once() -> None:
+    """On CUDA the copy for a commit has left before a step needs its room; on a CPU it lies there until it is written.
+    An evaluation and a step take turns."""
+    always = counted("cpu").parameter_bytes + counted("cpu").gradient_bytes + counted("cpu").optimizer_bytes
+    large, small = counted("cuda", micro=512), counted("cuda", micro=1)
+    assert large.activation_bytes > large.copy_bytes > small.activation_bytes
+    assert large.total_bytes == always + large.activation_bytes
+    assert small.total_bytes == always + small.copy_bytes
+    assert counted("cpu", micro=512).total_bytes == always + large.activation_bytes + large.copy_bytes
+    judged = counted("cuda", micro=1, evaluation=512)
+    assert judged.total_bytes == always + judged.evaluation_bytes > always + judged.copy_bytes
 
 
 def test_a_cuda_device_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

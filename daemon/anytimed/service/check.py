@@ -54,26 +54,24 @@ def check(config: Config) -> Iterator[Finding]:
     if (mirror := commits.mirror_url) is not None:
         yield _tried("mirror", lambda: _probe(mirror, commits.mirror_storage_options))
     try:
-        found = footprint(parts, _device(config))
+        device = _device(config)
+        found = footprint(parts, device.torch_device.type, device.precision)
     except ConfigError as error:
         yield Finding("model", False, str(error))
         return
     yield Finding(
         "model", True, f"{config.model.type}, {found.parameters:,} parameters, {parts.tokenizer.vocab_size:,} tokens"
     )
-    yield Finding("optimizer", True, f"{config.optimizer.type}, {_elements_by(_device(config), found.parameters)}")
-    for what, count in (
-        ("memory: parameters", found.parameter_bytes),
-        ("memory: gradients", found.gradient_bytes),
-        (f"memory: optimizer ({config.optimizer.type})", found.optimizer_bytes),
-        ("memory: activations (estimate)", found.activation_bytes),
-        ("memory: together", found.total_bytes),
-    ):
-        yield Finding(what, True, f"{count:,} bytes ({size(count)})")
+    yield Finding("optimizer", True, f"{config.optimizer.type}, {_elements_by(device, found.parameters)}")
+    for what, count in memory(config, found):
+        yield Finding(what, True, told_bytes(count))
+    if config.run.device == "auto" and not device.is_cuda:
+        there = footprint(parts, "cuda", config.run.precision)
+        yield Finding("memory: together on CUDA", True, f"{told_bytes(there.total_bytes)}, in {config.run.precision}")
 
 
-def footprint(parts: Parts, device: Device) -> Footprint:
-    """Bytes of the configured model and optimizer, built on `meta`."""
+def footprint(parts: Parts, device_type: str, precision: str) -> Footprint:
+    """Bytes of the configured model and optimizer, built on `meta`, on a device that need not be there."""
     data = parts.config.data
     module = parts.model.build(parts.tokenizer.vocab_size, device="meta")
     optimizer = parts.recipe.build(module.named_parameters(), parts.model.roles(module), parts.model.row_splits(module))
@@ -82,11 +80,28 @@ def footprint(parts: Parts, device: Device) -> Footprint:
         module,
         optimizer,
         micro_batch=data.micro_batch_size or data.batch_size,
+        evaluation_batch=parts.config.evaluation.batch_size,
         length=data.sequence_length,
         vocab_size=parts.tokenizer.vocab_size,
-        element_bytes=2 if device.precision == "bfloat16" else 4,
-        documents_on=device.torch_device.type if data.mask_documents else None,
+        element_bytes=2 if precision == "bfloat16" else 4,
+        device_type=device_type,
+        documents=data.mask_documents,
     )
+
+
+def memory(config: Config, found: Footprint) -> Iterator[tuple[str, int]]:
+    """The lines of the memory table: what, and how many bytes."""
+    yield "memory: parameters", found.parameter_bytes
+    yield "memory: gradients", found.gradient_bytes
+    yield f"memory: optimizer ({config.optimizer.type})", found.optimizer_bytes
+    yield "memory: activations (estimate)", found.activation_bytes
+    yield "memory: an evaluation (estimate)", found.evaluation_bytes
+    yield "memory: copy for a commit", found.copy_bytes
+    yield "memory: together", found.total_bytes
+
+
+def told_bytes(count: int) -> str:
+    return f"{count:,} bytes ({size(count)})"
 
 
 def _elements_by(device: Device, parameters: int) -> str:
