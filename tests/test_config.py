@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from anytimed.config import Config, explain, load
 from anytimed.contracts import ConfigError
 from anytimed.service.assembly import parts_of
+from tests import standin
 
 ROOT = Path(__file__).parent.parent
 BAD = sorted((Path(__file__).parent / "configs_bad").glob("*.toml"))
 GOOD = sorted((ROOT / "configs").rglob("*.toml"))
+QUICKSTART = ROOT / "configs" / "quickstart.toml"
 
 
 @pytest.mark.parametrize("path", BAD, ids=lambda p: p.stem)
@@ -31,8 +33,9 @@ def test_every_mistake_has_its_message(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", GOOD, ids=lambda p: p.stem)
-def test_every_config_of_the_project_loads(path: Path) -> None:
-    parts_of(load(path))
+def test_every_config_of_the_project_loads(path: Path, tmp_path: Path) -> None:
+    load(path)
+    parts_of(load(standin.at_home(path, tmp_path)))
 
 
 def test_there_are_configs() -> None:
@@ -65,7 +68,7 @@ def test_a_config_based_on_another_takes_what_it_does_not_give_itself(tmp_path: 
     below, above = tmp_path / "below" / "base.toml", tmp_path / "above" / "over.toml"
     for path in (below, above):
         path.parent.mkdir()
-    below.write_text(GOOD[0].read_text() + 'storage_options = { key = "planted" }\n')
+    below.write_text(QUICKSTART.read_text() + 'storage_options = { key = "planted" }\n')
     above.write_text(
         'based_on = "../below/base.toml"\nwithout = ["exports.storage_options", "data.holdout.fraction", "no.such"]\n'
         '[run]\ndirectory = "elsewhere"\n[data]\ndiscover = { every_s = 3.0 }\n'
@@ -120,7 +123,7 @@ def test_a_configuration_comes_back_as_it_was_sent(path: Path) -> None:
 
 
 def test_configs_are_frozen_and_the_digest_ignores_secrets() -> None:
-    config = load(GOOD[0])
+    config = load(QUICKSTART)
     with pytest.raises(ValueError, match="frozen"):
         config.run.seed = 2  # type: ignore[misc]
     told = config.model_dump()
@@ -146,7 +149,7 @@ def test_any_value_anywhere_is_an_error_with_a_message(value: object) -> None:
         ("exports", "cron"),
         ("commits",),
     ):
-        data = load(GOOD[0]).model_dump()
+        data = load(QUICKSTART).model_dump()
         inner = data
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
