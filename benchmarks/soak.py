@@ -5,8 +5,9 @@ A process of its own runs a model of a few thousand parameters; commits and expo
 its source, reloads that change something, scrapes, event listeners that come and go, pauses, an inbox that is fed. Its
 resident memory, open file descriptors and threads are read from /proc once a second. What is told is the slope of a
 line through the samples of the second half (Theil-Sen: the median of the slopes between pairs), so a single spike
-decides nothing; and the growth in every quarter. In the first half memory fills: history and events are kept up to a
-limit, and the allocators' arenas grow until every size of piece has its place.
+decides nothing; and the growth in every quarter. Every source begins with more than is read ahead of it, or memory
+would grow with the backlog until as much as that is waiting. Still it fills in the first half: history and events are
+kept up to a limit, and the allocators' arenas grow until every size of piece has its place.
 
     .venv/bin/python benchmarks/soak.py [--steps 100000] [--assert]
 """
@@ -36,6 +37,8 @@ MEMORY_BAR = 0.03
 DESCRIPTOR_BAR = 1.0
 STEADY_FROM = 0.5
 QUARTERS = 4
+BACKLOG_FILES, BACKLOG_FEEDS = 100, 250
+"""Of 14 kB and of 6 kB each: a source is read ahead by about 256 Ki characters."""
 
 CONFIG = """
 [run]
@@ -164,22 +167,26 @@ def disturb(
         counted("pauses", "/pause")
         counted("resumptions", "/resume")
     if due("feeds", 4):
-        connection = UnixConnection(socket, 30)
-        body = "\n".join(json.dumps({"text": f"{draw.getrandbits(64):x} " * 20}) for _ in range(5))
-        connection.request("POST", "/records?source=mine", body, {"Content-Type": "application/jsonl"})
-        assert connection.getresponse().read()
-        connection.close()
+        feed(socket, draw, 5)
         done["feeds"] = done.get("feeds", 0) + 1
     return status
+
+
+def feed(socket: Path, draw: random.Random, records: int) -> None:
+    connection = UnixConnection(socket, 30)
+    body = "\n".join(json.dumps({"text": f"{draw.getrandbits(64):x} " * 20}) for _ in range(records))
+    connection.request("POST", "/records?source=mine", body, {"Content-Type": "application/jsonl"})
+    assert connection.getresponse().read()
+    connection.close()
 
 
 def soak(steps: int, folder: Path, without: frozenset[str] = frozenset()) -> Json:
     draw, done = random.Random(0), {}
     (folder / "data").mkdir()
     (folder / "base").mkdir()
-    for number in range(20):
-        write_text(folder / "base" / f"{number:04d}.txt", draw, 500)
-    write_text(folder / "data" / "first.txt", draw, 500)
+    for number in range(BACKLOG_FILES):
+        write_text(folder / "base" / f"{number:04d}.txt", draw, 2000)
+        write_text(folder / "data" / f"backlog-{number:04d}.txt", draw, 2000)
     write_config(folder, 0)
     command = [sys.executable, "-m", "anytimed.cli", "run", str(folder / "config.toml"), "--steps", str(steps)]
     with (folder / "log.txt").open("wb") as log:
@@ -187,11 +194,15 @@ def soak(steps: int, folder: Path, without: frozenset[str] = frozenset()) -> Jso
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
     began, at, seen = time.monotonic(), [], []
+    fed = 0
     try:
         for turn in itertools.count():
             if process.poll() is not None:
                 break
             try:
+                while fed < BACKLOG_FEEDS:
+                    feed(folder / "run" / "control.sock", draw, 18)
+                    fed += 1
                 status = disturb(folder / "run" / "control.sock", folder, turn, draw, done, without)
                 found = sample(process.pid)
             except (OSError, http.client.HTTPException):

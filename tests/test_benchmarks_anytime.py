@@ -24,7 +24,6 @@ from anytimed.config import Config
 from anytimed.optim import SFNorMuon, param_groups
 from anytimed.service.assembly import parts_of
 from anytimed.service.check import footprint
-from anytimed.training.device import Device
 
 ROOT = Path(__file__).parent.parent
 
@@ -291,7 +290,7 @@ def test_the_larger_model_reads_texts_of_ones_own(tmp_path: Path) -> None:
     scale = plans.GPU.to((1, 2))
     assert (scale.horizons, scale.stream_bytes) == ((4200, 8400), round(1.2 * 8400 * 131_072))
     config = Config.model_validate(plans.tables(plans.one_run("amuse", scale, 1), scale, "texts", "folder"))
-    found = footprint(parts_of(config), Device("cpu", precision="float32", deterministic=False))
+    found = footprint(parts_of(config), "cuda", "bfloat16")
     assert 27e6 < found.parameters < 28e6
 
     (tmp_path / "in" / "deep").mkdir(parents=True)
