@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from anytimed.contracts import Batch, Refused
+from anytimed.contracts import Batch, Refused, Stream
 from anytimed.data.cursor import Interrupted
 from anytimed.data.pipeline import Dry
 from anytimed.data.reader import Reader
@@ -192,3 +194,67 @@ def test_what_a_poll_waits_for_is_prepared_beside_the_reading(tmp_path: Path) ->
     assert drain(reader)[0]
     assert not any(polls[before + 1 :])
     assert reader.close()
+
+
+class Closed:
+    """A stream that counts how often it was closed, and may fail to be."""
+
+    def __init__(self, stream: Stream, failure: Exception | None = None) -> None:
+        self._stream, self._failure = stream, failure
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        if self._failure is not None:
+            raise self._failure
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@pytest.mark.parametrize("asleep", ["full", "dry", "failed", "never started"])
+def test_whatever_it_does_when_it_is_closed_the_streams_are_closed_and_everything_is_let_go(
+    tmp_path: Path, asleep: str
+) -> None:
+    """Without the collector, which leaves what is old alone: after a hundred reloads the buffers of a hundred readers
+    would be there."""
+    world = static_world(tmp_path)
+    streams = {name: Closed(stream) for name, stream in world.streams().items()}
+
+    def closed() -> list[weakref.ref[object]]:
+        """Its parts, once it was asleep and was closed."""
+        pipeline = world.pipeline(MemoryJournal(), streams=streams)
+        reader = Reader(pipeline, 1 if asleep == "full" else 1000)
+        if asleep != "never started":
+            reader.start()
+            until(lambda: reader.status()["ready"] == 1 if asleep == "full" else reader.status()["waiting"])
+        if asleep == "failed":
+            (world.folder / "lines/a.jsonl").write_text("{}")
+            reader.poll()
+            until(lambda: reader._failure)
+        assert reader.close()
+        return [weakref.ref(part) for part in (pipeline, *pipeline._sources._cursors.values(), pipeline._packer)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        parts = closed()
+        once = int(asleep != "never started")
+        assert {name: stream.closed for name, stream in streams.items()} == {"lines": once, "texts": once}
+        if asleep != "failed":  # the traceback of a failure holds on to it
+            assert [part() for part in parts] == [None] * len(parts)
+            assert len(parts) == 2 + 2 * once
+    finally:
+        gc.enable()
+
+
+def test_a_stream_that_cannot_be_closed_is_told_of_and_harms_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = static_world(tmp_path)
+    streams = {name: Closed(stream, OSError("the broker is gone")) for name, stream in world.streams().items()}
+    reader = Reader(world.pipeline(MemoryJournal(), streams=streams), 1)
+    reader.start()
+    until(lambda: reader.status()["ready"] == 1)
+    assert reader.close()
+    assert "could not be closed: OSError: the broker is gone" in caplog.text

@@ -51,6 +51,11 @@ class Blocks:
         self._ready.append(block)
         self._left += block.left
 
+    def clear(self) -> None:
+        """Drop what waits."""
+        self._ready.clear()
+        self._left = 0
+
     @property
     def left(self) -> int:
         """Sequences that wait."""

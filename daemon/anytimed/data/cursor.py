@@ -228,7 +228,9 @@ class Cursor:
                 self.unacknowledged = str(error)
 
     def close(self) -> None:
-        """Close the stream, if it can be closed."""
+        """Drop what was read ahead, and close the stream, if it can be closed."""
+        self._groups.clear()
+        self._items = None
         if isinstance(self._stream, Closable):
             self._stream.close()
 

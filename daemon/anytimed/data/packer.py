@@ -130,6 +130,11 @@ class Packer:
         if len(self._spare) < _SPARE:
             self._spare.append(windows.buffer)
 
+    def clear(self) -> None:
+        """Drop what waits, and the buffers."""
+        self._spare, self._runs, self._size = [], [], 0
+        self._buffer = np.empty(0, self._dtype)
+
     def remainder(self) -> tuple[Tokens, list[Run]]:
         """The tokens that wait, shape (n,), as a copy, and whose they are."""
         return self._buffer[: self._size].astype(np.int32), list(self._runs)

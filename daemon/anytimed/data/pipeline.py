@@ -211,7 +211,9 @@ class Pipeline:
             self._sources.acknowledge(position)
 
     def close(self) -> None:
-        """Let the sources go; by the thread that reads, last."""
+        """Let the sources go, and everything that was read ahead; by the thread that reads, last."""
+        self._blocks.clear()
+        self._packer.clear()
         self._sources.close()
 
     def interrupt(self) -> None:

@@ -8,6 +8,7 @@ out, for they are good; then the failure is raised where the batches are taken.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -15,6 +16,8 @@ from collections import deque
 from anytimed.contracts import Batch, Json
 from anytimed.data.cursor import Interrupted
 from anytimed.data.pipeline import Dry, Pipeline
+
+log = logging.getLogger("anytimed")
 
 
 def read_one(pipeline: Pipeline) -> Batch | Dry:
@@ -52,10 +55,11 @@ class Reader:
         self._closed = False
         self._failure: BaseException | None = None
         self._told: Json = pipeline.status()
-        # a daemon: a store that hangs inside a read must not keep the process from ending
-        self._thread = threading.Thread(target=self._run, name="anytimed-reader", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        # a daemon: a store that hangs inside a read must not keep the process from ending
+        self._thread = threading.Thread(target=self._run, name="anytimed-reader", daemon=True)
         self._thread.start()
 
     def get(self, timeout_s: float) -> Batch | Dry | None:
@@ -106,8 +110,10 @@ class Reader:
             self._closed = True
             self._batches.clear()
             self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        if self._thread is None:
+            self._let_go()
+            return True
+        self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     # --- the thread ---------------------------------------------------------------------------------------------------
@@ -121,11 +127,19 @@ class Reader:
                     made.append(self._made())
                 self._offer(made, outcome if isinstance(outcome, Dry) else None)
         except Interrupted:
-            self._pipeline.close()
+            pass  # closed in the middle of a read
         except BaseException as failure:  # noqa: BLE001 - not handled here: it is raised again in `get`
             with self._changed:
                 self._failure = failure
                 self._changed.notify_all()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
+            self._pipeline.close()
+        except Exception as error:  # noqa: BLE001 - whatever a client raises, the reading is over
+            log.warning("a source could not be closed: %s: %s", type(error).__name__, error)
 
     def _read(self) -> Batch | Dry:
         return read_one(self._pipeline)
