@@ -33,8 +33,10 @@ class Curves:
         return sum(len(self._runs[f"{name}@1"]["forgets"]) for name in names)
 
     def best_restarted(self, change: str) -> str:
-        """The rival that ended best on the new text, without its seed."""
+        """The rival that ended best, without its seed."""
         kinds = self._restarted[change].values()
+        if not kinds:
+            raise KeyError(change)
         return str(min(kinds, key=lambda of: of["loss"])["run"]).partition("@")[0]
 
     def by_seed(self, name: str) -> dict[str, float]:

@@ -51,7 +51,7 @@ def _restarted(trainer: Trainer, change: str, kind: str) -> Json | None:
     def losses(rates: Sequence[float]) -> list[float | None]:
         found = trainer.all_of([plans.restarted(change, kind, lr, 1, scale) for lr in rates])
         ends = [of["probed"][-1]["losses"] for of in found]
-        return [None if None in end.values() else fmean(end[text] for text in texts) for end in ends]
+        return [None if None in end.values() else round(fmean(end[text] for text in texts), 5) for end in ends]
 
     try:
         tried = tuned(RIVALS[kind].centre, losses)

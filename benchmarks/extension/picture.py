@@ -48,7 +48,7 @@ def _switched(result: Json) -> Panel:
         ("switch/long/steered@1", "one", False, ("steered memory",)),
         ("switch/window-4T@1", "two", True, ("a window of the", "right length")),
     ]
-    if rivals := result["restarted"].get("switch"):
+    if rivals := result["restarted"]["switch"]:
         best = min(rivals.values(), key=lambda of: of["loss"])
         shown.append((best["run"], "five", True, ("NorMuon, restarted", "and tuned for it")))
     lines = []

@@ -34,7 +34,7 @@ def figures(runs: Mapping[str, Json], restarted: Mapping[str, Mapping[str, Json]
     curves = Curves(runs, restarted)
     told = found(curves)
     decisive = ["switch/long/plain", "switch/long/steered", "switch/long/power-1", "switch/window-T"]
-    if "switch" in restarted:
+    if restarted["switch"]:
         decisive.append(curves.best_restarted("switch"))
     by_seed = {name: curves.by_seed(name) for name in decisive}
     near, far = by_seed["switch/long/steered"].values(), by_seed["switch/long/plain"].values()
@@ -60,7 +60,7 @@ def _rows(
             if name in runs:
                 rows[way] = _row(runs[name], scale)
     for kind in RIVALS:
-        if (of := restarted.get(change, {}).get(kind)) is not None:
+        if (of := restarted[change].get(kind)) is not None:
             rows[kind] = {"lr": of["lr"], **_row(runs[of["run"]], scale)}
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -85,6 +86,7 @@ def keep(plan: Plan, scale: Scale, scratch: Path) -> None:
     path.write_text(json.dumps(found))
 
 
+@functools.cache
 def corpora_of(scale: Scale, scratch: Path) -> dict[str, Corpus]:
     """The texts, written where they are not yet."""
     return {
