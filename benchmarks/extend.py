@@ -77,9 +77,7 @@ def _line(text: str) -> str:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, some steps: whether it works")
-    parser.add_argument(
-        "--seeds", type=int, default=1, help="of the switch after a long history, and of its best rival"
-    )
+    parser.add_argument("--seeds", type=int, default=1, help="of the switch after a long history, and of a rival")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/extend.json"))
     parser.add_argument("--svg", type=Path, help="default: beside the JSON")

@@ -25,11 +25,13 @@ def measured(trainer: Trainer, seeds: int) -> Json:
     rivals["switch"][first] = _restarted(trainer, "switch", first)
     for stage in (plans.powers(1, scale), plans.added(1, scale)):
         _some(trainer, stage)
-    for kind in others:
-        rivals["switch"][kind] = _restarted(trainer, "switch", kind)
     for seed in range(2, seeds + 1):
         _some(trainer, [plans.trunk("sf_normuon", seed, scale)])
-        _some(trainer, [*plans.decisive(seed, scale), *_best_again(rivals["switch"], seed, scale)])
+        if (rival := rivals["switch"][first]) is not None:
+            _some(trainer, [plans.restarted("switch", first, rival["lr"], seed, scale)])
+        _some(trainer, plans.decisive(seed, scale))
+    for kind in others:
+        rivals["switch"][kind] = _restarted(trainer, "switch", kind)
     for stage in ([plans.both(1, scale), plans.trunk("amuse", 1, scale)], plans.amuse(1, scale)):
         _some(trainer, stage)
     _some(trainer, plans.stationary(1, scale))
@@ -60,12 +62,3 @@ def _restarted(trainer: Trainer, change: str, kind: str) -> Json | None:
     best = best_of(tried)
     name = plans.restarted(change, kind, best, 1, scale).name
     return {"tried": {f"{lr:g}": loss for lr, loss in tried.items()}, "lr": best, "loss": tried[best], "run": name}
-
-
-def _best_again(rivals: dict[str, Json | None], seed: int, scale: plans.Scale) -> list[plans.Plan]:
-    """The better rival with another seed."""
-    made = {kind: of for kind, of in rivals.items() if of}
-    if not made:
-        return []
-    kind = min(made, key=lambda kind: made[kind]["loss"])
-    return [plans.restarted("switch", kind, made[kind]["lr"], seed, scale)]

@@ -51,7 +51,7 @@ def _switched(result: Json) -> Panel:
     ]
     if rivals := result["restarted"]["switch"]:
         best = min(rivals.values(), key=lambda of: of["loss"])
-        shown.append((best["run"], "five", True, ("NorMuon, restarted", "and tuned for it")))
+        shown.append((best["run"], "five", True, ("NorMuon, tuned", "and restarted")))
     lines = []
     for run_name, colour, thin, name in shown:
         run = runs[run_name]

@@ -30,7 +30,7 @@ CHANGES: Final[dict[str, tuple[str, ...]]] = {
 HISTORIES: Final = {"short": 1, "long": 100}
 """How many times the steps of the trunk are taken to have gone before."""
 RESTARTED: Final = ("normuon, mu 0.8", "normuon")
-"""Of `horizons.plans.RIVALS`; the first is restarted on the mixture, too."""
+"""Of `horizons.plans.RIVALS`; the first is restarted on the mixture and with every seed, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,8 @@ def restarted(change: str, kind: str, lr: float, seed: int, scale: Scale) -> Pla
 
 def decisive(seed: int, scale: Scale) -> list[Plan]:
     """The switch after a long history."""
-    found = [branch("switch", "long", way, seed, scale) for way in ("plain", "steered")]
-    return found + [branch("switch", None, way, seed, scale) for way in ("window-4T", "window-T")]
+    found = [("long", "steered"), (None, "window-4T"), ("long", "plain"), (None, "window-T")]
+    return [branch("switch", history, way, seed, scale) for history, way in found]
 
 
 def short(seed: int, scale: Scale) -> list[Plan]:
