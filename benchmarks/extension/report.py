@@ -34,8 +34,7 @@ def figures(runs: Mapping[str, Json], restarted: Mapping[str, Mapping[str, Json]
     curves = Curves(runs, restarted)
     told = found(curves)
     decisive = ["switch/long/plain", "switch/long/steered", "switch/long/power-1", "switch/window-T"]
-    if restarted["switch"]:
-        decisive.append(curves.best_restarted("switch"))
+    decisive += [of["run"].partition("@")[0] for of in restarted["switch"].values()]
     by_seed = {name: curves.by_seed(name) for name in decisive}
     near, far = by_seed["switch/long/steered"].values(), by_seed["switch/long/plain"].values()
     return {
