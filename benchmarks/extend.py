@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from extension import picture, report
 from extension.measuring import measured
-from extension.plans import FULL, QUICK, Plan
+from extension.plans import Plan
+from extension.scales import FULL, QUICK
 from extension.training import Trainer, keep
 from rich.console import Console
 

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from anytimed.contracts import Json
 from extension.figures import FIRED, NEW, OLD, Curves, found
-from extension.plans import HISTORIES, Scale
+from extension.plans import HISTORIES
+from extension.scales import Scale
 
 CLOSE_NATS: Final = 0.05
 BEHIND_NATS: Final = 1.0

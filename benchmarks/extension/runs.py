@@ -29,7 +29,8 @@ from anytimed.service.requests import Mailbox
 from anytimed.service.session import Session
 from anytimed.storage.run_directory import RunDirectory
 from extension.corpora import Corpus
-from extension.plans import TEXTS, Plan, Scale, tables
+from extension.plans import TEXTS, Plan, tables
+from extension.scales import Scale
 
 
 class Watched(Daemon):

@@ -17,8 +17,9 @@ import torch
 
 from anytimed.contracts import Json
 from extension.corpora import SOURCES, Corpus, gather
-from extension.plans import Plan, Scale, tables
+from extension.plans import Plan, tables
 from extension.runs import file_name, run_directory, train
+from extension.scales import Scale
 
 
 class NotKept(Exception):
