@@ -12,7 +12,7 @@ averaging power, windows of T and 4T; with SF-NorMuon and AMUSE, one set of hype
 under a cosine that knows how many steps follow the change, restarted there on the new data from the published x, with
 the learning rate that is best for that (`horizons/tuning.py`).
 
-    .venv/bin/python benchmarks/extend.py --seeds 2        45 runs of two minutes on a free core; they are kept
+    .venv/bin/python benchmarks/extend.py --seeds 2        48 runs of two minutes on a free core; they are kept
     .venv/bin/python benchmarks/extend.py --quick          a smaller model, some steps: does it work at all?
     .venv/bin/python benchmarks/extend.py --kept           of the runs those that were made; trains nothing
     .venv/bin/python benchmarks/extend.py --report         tables and picture from the JSON; trains nothing
