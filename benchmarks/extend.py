@@ -1,139 +1,66 @@
-"""Extending the stream without retuning: what steered memory is worth, and what a source added late costs.
+"""When the stream changes: what x is worth on the new data and on the old, by how it remembers.
 
 The daemon itself trains, on one thread, a byte model of half a million parameters (a toy, but a real run): see
-`extension/runs.py`. All of it with one set of hyperparameters.
+`extension/runs.py`. T is 250 steps. After 4T of Python sources the stream changes (`extension/plans.py`):
 
-    stationary   2,000 steps of Python sources: how often does steering fire, with SF-NorMuon and with AMUSE, and what
-                 does that cost?
-    switch       C++ headers alone from step 1,000 on, as if 100,000 steps had gone before: plain averaging, steered
-                 memory, a window that fits; and with the short history that it is
-    extend       C++ headers added to the Python sources at step 1,000, next to a run that had both from the start
+    switch       C++ headers alone from there on
+    added        C++ headers and Python, 1:1; next to a run that had both from the start
+    stationary   nothing changes: what does each way to remember cost there?
 
-    .venv/bin/python benchmarks/extend.py                  about half an hour on two cores; finished runs are kept
-    .venv/bin/python benchmarks/extend.py --quick          a smaller model, 200 steps: does it work at all?
-    .venv/bin/python benchmarks/extend.py --seeds 3        the decisive comparison again with other seeds
+with the short history that it is, and as if 100 times the steps had gone before; for plain averaging, steered memory,
+averaging power, windows of T and 4T; with SF-NorMuon and AMUSE, one set of hyperparameters each. Against them: NorMuon
+under a cosine that knows how many steps follow the change, restarted there on the new data from the published x, with
+the learning rate that is best for that (`horizons/tuning.py`).
+
+    .venv/bin/python benchmarks/extend.py --seeds 2        48 runs of two minutes on a free core; they are kept
+    .venv/bin/python benchmarks/extend.py --quick          a smaller model, some steps: does it work at all?
+    .venv/bin/python benchmarks/extend.py --kept           of the runs those that were made; trains nothing
     .venv/bin/python benchmarks/extend.py --report         tables and picture from the JSON; trains nothing
 
 Every run is a process of its own (with --quick they share one). Its curve is kept under .anytimed/extend/ and taken
-from there where plan, texts, torch and Python are the same. Needs no network; texts are what Python and torch bring
-(`extension/corpora.py`).
+from there where plan, texts, torch and Python are the same. What decides is trained first. Needs no network; texts are
+what Python and torch bring (`extension/corpora.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
 import json
 import os
 import platform
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from extension import picture, report
-from extension.corpora import SOURCES, Corpus, gather
-from extension.plans import FULL, QUICK, Plan, Scale, plans, tables
-from extension.runs import run_directory, train
+from extension.measuring import measured
+from extension.plans import Plan
+from extension.scales import FULL, QUICK
+from extension.training import Trainer, keep
 from rich.console import Console
 
 from anytimed.contracts import Json
 
 
-@functools.cache
-def corpora_of(scale: Scale, scratch: Path) -> dict[str, Corpus]:
-    """The texts, written where they are not yet."""
-    return {
-        name: gather(name, scratch / "corpora", stream_bytes=scale.stream_bytes, probe_bytes=scale.probe_bytes)
-        for name in SOURCES
-    }
-
-
-def key_of(plan: Plan, scale: Scale, corpora: dict[str, Corpus]) -> str:
-    """What a kept curve has to have come from."""
-    texts = {name: corpus.digest for name, corpus in corpora.items()}
-    made = [plan.told(), tables(plan, scale, texts, "", ""), repr(scale), torch.__version__, platform.python_version()]
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
-
-
-def kept(plan: Plan, scale: Scale, corpora: dict[str, Corpus], scratch: Path) -> Json | None:
-    """The curve of an earlier run of the same plan, if what others go on from is there as well."""
-    try:
-        found: Json = json.loads(_curve(plan, scratch).read_text())
-    except (OSError, ValueError):
-        return None
-    if found["key"] != key_of(plan, scale, corpora) or not run_directory(scratch, plan.name).exists():
-        return None
-    return found
-
-
-def _curve(plan: Plan, scratch: Path) -> Path:
-    return scratch / "curves" / f"{plan.name.replace('/', '-')}.json"
-
-
-def one(plan: Plan, scale: Scale, scratch: Path) -> None:
-    """Train one plan in this process and keep its curve."""
-    corpora = corpora_of(scale, scratch)
-    found = {"key": key_of(plan, scale, corpora), **train(plan, scale, corpora, scratch)}
-    path = _curve(plan, scratch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
-
-
-def all_of(arguments: argparse.Namespace, scale: Scale, scratch: Path) -> dict[str, Json]:
-    """Every run's curve by its name; `jobs` at a time, those that others go on from first."""
-    corpora = corpora_of(scale, scratch)
-    wanted = [plan for seed in range(1, arguments.seeds + 1) for plan in plans(scale, seed)]
-    if arguments.kept:
-        found = {plan.name: kept(plan, scale, corpora, scratch) for plan in wanted}
-        return {name: curve for name, curve in found.items() if curve is not None}
-    again: set[str] = set()
-
-    def run(plan: Plan) -> None:
-        if plan.start not in again and kept(plan, scale, corpora, scratch) is not None:
-            return
-        again.add(plan.name)
-        if arguments.quick:  # a process takes longer to start than these take to train
-            one(plan, scale, scratch)
-            return
-        command = [sys.executable, __file__, "--one", plan.name, "--scratch", str(arguments.scratch)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        found = kept(plan, scale, corpora, scratch)
-        if done.returncode or found is None:
-            raise SystemExit(f"{plan.name}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-        print(f"{plan.name}: to step {found['end']} in {found['seconds']:.0f} s", file=sys.stderr, flush=True)
-
-    if arguments.quick:
-        for plan in wanted:
-            run(plan)
-    else:
-        trunks = [plan for plan in wanted if plan.start is None]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            for some in (trunks, [plan for plan in wanted if plan.start is not None]):
-                list(pool.map(run, some))
-    curves = {plan.name: kept(plan, scale, corpora, scratch) for plan in wanted}
-    return {name: curve for name, curve in curves.items() if curve is not None}
-
-
-def result_of(curves: dict[str, Json], scale: Scale, scratch: Path) -> Json:
+def result_of(trainer: Trainer, seeds: int) -> Json:
     """Everything that is shown, without what only this machine's files are."""
+    scale, found = trainer.scale, measured(trainer, seeds)
     texts = {
         name: {"sha256": corpus.digest, "stream_bytes": corpus.size, "probe_documents": len(corpus.probe)}
-        for name, corpus in corpora_of(scale, scratch).items()
+        for name, corpus in trainer.corpora.items()
     }
-    plain = {name: {k: v for k, v in curve.items() if k not in ("key", "plan")} for name, curve in curves.items()}
+    runs = {name: {k: v for k, v in curve.items() if k not in ("key", "plan")} for name, curve in found["runs"].items()}
     return {
         "scale": scale.name,
+        "unit_steps": scale.unit,
         "trunk_steps": scale.trunk,
         "machine": {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()},
         "texts": texts,
-        **report.figures(plain, scale),
-        "runs": plain,
+        **report.figures(runs, found["restarted"], scale),
+        "restarted": found["restarted"],
+        "runs": runs,
     }
 
 
@@ -150,8 +77,8 @@ def _line(text: str) -> str:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--quick", action="store_true", help="a smaller model and 200 steps: whether it works")
-    parser.add_argument("--seeds", type=int, default=1, help="of the switch after a long history")
+    parser.add_argument("--quick", action="store_true", help="a smaller model, some steps: whether it works")
+    parser.add_argument("--seeds", type=int, default=1, help="of the switch after a long history, and of a rival")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/extend.json"))
     parser.add_argument("--svg", type=Path, help="default: beside the JSON")
@@ -173,13 +100,13 @@ def main() -> int:
     scale = QUICK if arguments.quick else FULL
     scratch: Path = (arguments.scratch / scale.name).absolute()
     if arguments.one:
-        seed = int(arguments.one.rpartition("@")[2])
-        one(next(plan for plan in plans(scale, seed) if plan.name == arguments.one), scale, scratch)
+        keep(Plan.of(json.loads(arguments.one)), scale, scratch)
         return 0
     if arguments.report:
         result: dict[str, Any] = json.loads(arguments.json.read_text())
     else:
-        result = result_of(all_of(arguments, scale, scratch), scale, scratch)
+        program = None if arguments.quick else Path(__file__)
+        result = result_of(Trainer(scale, scratch, arguments.jobs, program, only_kept=arguments.kept), arguments.seeds)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(as_text(result), encoding="utf-8")
     svg = arguments.svg or arguments.json.with_suffix(".svg")

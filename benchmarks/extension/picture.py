@@ -10,8 +10,8 @@ from drawing import Line, Panel, Points, page
 from anytimed.contracts import Json
 
 NEEDED: Final = {
-    *("sf_normuon/trunk@1", "extend/added@1", "extend/both@1"),
-    *(f"switch/long/{way}@1" for way in ("plain", "steered", "window")),
+    *("sf_normuon/trunk@1", "added/short/plain@1", "added/short/steered@1"),
+    *("switch/long/plain@1", "switch/long/steered@1", "switch/window-4T@1"),
 }
 """Runs that are drawn."""
 
@@ -24,34 +24,39 @@ def drawn(result: Json) -> str:
 
 
 def _extended(result: Json) -> Panel:
-    """A second source added late, next to both from the start; over tokens."""
+    """A second source added late, steered and not; over tokens."""
     runs = result["runs"]
-    trunk, added, both = (runs[f"{name}@1"]["probed"] for name in ("sf_normuon/trunk", "extend/added", "extend/both"))
-    before = runs["extend/added@1"]["changed"] - 1
+    trunk = runs["sf_normuon/trunk@1"]["probed"]
+    steered, plain = (runs[f"added/short/{way}@1"]["probed"] for way in ("steered", "plain"))
+    before = runs["added/short/steered@1"]["changed"] - 1
     lines = [
-        Line(("C++ headers",), "two", _millions([p for p in added if p["step"] >= before], "headers")),
-        Line((), "two", _millions(both, "headers"), thin=True),
-        Line(("Python",), "one", _millions([*trunk, *added], "python")),
-        Line((), "one", _millions(both, "python"), thin=True),
+        Line(("C++ headers",), "two", _millions(_since(before, steered), "headers")),
+        Line((), "two", _millions(_since(before, plain), "headers"), thin=True),
+        Line(("Python",), "one", _millions([*trunk, *steered], "python")),
+        Line((), "one", _millions(_since(before, plain), "python"), thin=True),
     ]
-    key = "x on unseen text, nats a byte; dashed: both from the start"
+    key = "x on unseen text, nats a byte; dashed: plain averaging"
     panel = Panel(56, 390, "A second source, added late", key, "million tokens", lines)
-    panel.marks = {_tokens_before(runs["extend/added@1"]) / 1e6: "headers added"}
+    panel.marks = {_tokens_before(runs["added/short/steered@1"]) / 1e6: "headers added"}
     return panel
 
 
 def _switched(result: Json) -> Panel:
-    """Everything after the switch, by how x remembers."""
+    """Everything after the switch, by how x remembers, and the rival that was restarted for it."""
     runs = result["runs"]
+    shown = [
+        ("switch/long/plain@1", "three", False, ("plain averaging",)),
+        ("switch/long/steered@1", "one", False, ("steered memory",)),
+        ("switch/window-4T@1", "two", True, ("a window of the", "right length")),
+    ]
+    if rivals := result["restarted"]["switch"]:
+        best = min(rivals.values(), key=lambda of: of["loss"])
+        shown.append((best["run"], "five", True, ("NorMuon, tuned", "and restarted")))
     lines = []
-    for key, colour, thin, name in (
-        ("plain", "three", False, ("plain averaging",)),
-        ("steered", "one", False, ("steered memory",)),
-        ("window", "two", True, ("a window of the", "right length")),
-    ):
-        run = runs[f"switch/long/{key}@1"]
+    for run_name, colour, thin, name in shown:
+        run = runs[run_name]
         before = run["changed"] - 1
-        points = [(p["step"] - before, p["losses"]["headers"][0]) for p in run["probed"] if p["step"] >= before]
+        points = [(p["step"] - before, p["losses"]["headers"]) for p in _since(before, run["probed"])]
         halved = {entry["step"] - before for entry in run["forgets"]}
         dots = [(at, _between(points, at)) for at in sorted(halved) if 0 <= at <= points[-1][0]]
         lines.append(Line(name, colour, points, thin, dots))
@@ -59,8 +64,12 @@ def _switched(result: Json) -> Panel:
     return Panel(548, 826, "A switch, as if after 100,000 steps", key, "steps after the switch", lines)
 
 
+def _since(before: int, probed: list[Json]) -> list[Json]:
+    return [point for point in probed if point["step"] >= before]
+
+
 def _millions(probed: list[Json], text: str) -> Points:
-    return [(p["tokens"] / 1e6, p["losses"][text][0]) for p in probed if text in p["losses"]]
+    return [(p["tokens"] / 1e6, p["losses"][text]) for p in probed]
 
 
 def _tokens_before(run: Json) -> float:

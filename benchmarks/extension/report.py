@@ -1,117 +1,73 @@
-"""Curves to figures, bars and tables.
-
-Predictions are the pilot's (the table in the design's optimizers page: another text, another program), written down
-before this benchmark ran; None where there was none. A figure whose runs were not made is None too.
-"""
+"""Curves to bars and tables: x on the new text and on the old one, so many steps after the change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, Final
 
 from rich.table import Table
 
 from anytimed.contracts import Json
-from extension.plans import Scale
+from extension.figures import FIRED, NEW, OLD, Curves, found
+from extension.plans import HISTORIES
+from extension.scales import Scale
 
 CLOSE_NATS: Final = 0.05
 BEHIND_NATS: Final = 1.0
-ROWS: Final = (0.0, 0.1, 0.25, 0.5, 1.0)
-"""Shares of the steps after the change that the table shows."""
-COLUMNS: Final = {
-    "switch/long/plain": "plain, long",
-    "switch/long/window": "window, long",
-    "switch/long/steered": "steered, long",
-    "switch/long/amuse": "AMUSE steered, long",
-    "switch/short/plain": "plain, short",
-    "switch/short/steered": "steered, short",
+WAYS: Final = {
+    "plain": "plain averaging",
+    "steered": "steered memory",
+    "power-1": "averaging power 1",
+    "power-4": "averaging power 4",
+    "window-T": "window of T",
+    "window-4T": "window of 4T",
+    "amuse-plain": "AMUSE, plain",
+    "amuse-steered": "AMUSE, steered",
+    "amuse-window-4T": "AMUSE, window of 4T",
 }
-FIRED: Final = "stationary, SF-NorMuon: times fired"
-NEAR: Final = "switch: steered behind window, nats"
-FAR: Final = "switch: plain behind window, nats"
+RIVALS: Final = {"normuon": "NorMuon restarted", "normuon, mu 0.8": "NorMuon (mu 0.8) restarted"}
+CHANGES: Final = {"switch": "The new text alone", "added": "The new text beside the old one"}
 
 
-class Curves:
-    """The runs by name, and what is asked of them. Raises KeyError where a run was not made."""
-
-    def __init__(self, runs: dict[str, Json]) -> None:
-        self.runs = runs
-        self.seeds = [s for s in range(1, 10) if {f"{name}@{s}" for name in [*COLUMNS][:3]} <= runs.keys()]
-
-    def last(self, name: str, text: str, seed: int = 1) -> float:
-        """x at the end."""
-        return float(self.runs[f"{name}@{seed}"]["probed"][-1]["losses"][text][0])
-
-    def apart(self, name: str, other: str, text: str) -> float:
-        return self.last(name, text) - self.last(other, text)
-
-    def behind(self, name: str) -> list[float]:
-        """Behind the fitting window on the new text, for every seed."""
-        window = "switch/long/window"
-        return [round(self.last(name, "headers", s) - self.last(window, "headers", s), 4) for s in self.seeds]
-
-    def fired(self, *names: str) -> int:
-        return sum(len(self.runs[f"{name}@1"]["forgets"]) for name in names)
-
-
-FIGURES: Final[dict[str, tuple[float | None, Callable[[Curves], float]]]] = {
-    FIRED: (0, lambda c: c.fired("sf_normuon/trunk", "sf_normuon/stationary")),
-    "stationary, AMUSE: times fired": (1, lambda c: c.fired("amuse/trunk", "amuse/stationary")),
-    "stationary, AMUSE: steered minus unsteered, nats": (
-        0.0,
-        lambda c: c.apart("amuse/stationary", "amuse/unsteered", "python"),
-    ),
-    NEAR: (0.012, lambda c: max(c.behind("switch/long/steered"), default=float("nan"))),
-    FAR: (1.37, lambda c: min(c.behind("switch/long/plain"), default=float("nan"))),
-    "switch: AMUSE steered behind SF-NorMuon's window, nats": (
-        0.03,
-        lambda c: c.apart("switch/long/amuse", "switch/long/window", "headers"),
-    ),
-    "switch: times fired, SF-NorMuon": (9, lambda c: c.fired("switch/long/steered")),
-    "switch: times fired, AMUSE": (7, lambda c: c.fired("switch/long/amuse")),
-    "switch: times fired, SF-NorMuon, short history": (2, lambda c: c.fired("switch/short/steered")),
-    "switch: steered minus plain, short history, nats": (
-        0.003,
-        lambda c: c.apart("switch/short/steered", "switch/short/plain", "headers"),
-    ),
-    "extend: old text, added late minus both from the start, nats": (
-        -0.02,
-        lambda c: c.apart("extend/added", "extend/both", "python"),
-    ),
-    "extend: new text, added late minus both from the start, nats": (
-        0.05,
-        lambda c: c.apart("extend/added", "extend/both", "headers"),
-    ),
-    "extend: times fired": (2, lambda c: c.fired("extend/added")),
-    "extend: old text, steered minus unsteered, nats": (
-        None,
-        lambda c: c.apart("extend/added", "extend/unsteered", "python"),
-    ),
-    "extend: new text, steered minus unsteered, nats": (
-        None,
-        lambda c: c.apart("extend/added", "extend/unsteered", "headers"),
-    ),
-}
-
-
-def figures(runs: dict[str, Json], scale: Scale) -> Json:
-    """`figures` by name, with what was predicted; `by_seed`; `after_the_switch`: x and y on the new text; `bars`."""
-    curves = Curves(runs)
-    told = {name: {"predicted": guess, "found": _found(curves, find)} for name, (guess, find) in FIGURES.items()}
+def figures(runs: Mapping[str, Json], restarted: Mapping[str, Mapping[str, Json]], scale: Scale) -> Json:
+    """`figures` by name, with what was predicted; `by_seed`, at the end behind the fitting window on the new text;
+    `after`: by change, history and way, x on both texts so many steps after the change; `bars`."""
+    curves = Curves(runs, restarted)
+    told = found(curves)
+    decisive = ["switch/long/plain", "switch/long/steered", "switch/long/power-1", "switch/window-T"]
+    decisive += [of["run"].partition("@")[0] for of in restarted["switch"].values()]
+    by_seed = {name: curves.by_seed(name) for name in decisive}
+    near, far = by_seed["switch/long/steered"].values(), by_seed["switch/long/plain"].values()
     return {
         "figures": told,
-        "by_seed": {name: curves.behind(f"switch/long/{name}") for name in ("steered", "plain")},
-        "after_the_switch": _after(runs, scale),
-        "bars": bars(*(told[name]["found"] for name in (FIRED, NEAR, FAR))),
+        "by_seed": by_seed,
+        "after": {
+            change: {history: _rows(change, history, runs, restarted, scale) for history in HISTORIES}
+            for change in CHANGES
+        },
+        "bars": bars(told[FIRED]["found"], max(near, default=None), min(far, default=None)),
     }
 
 
-def _found(curves: Curves, find: Callable[[Curves], float]) -> float | None:
-    try:
-        value = find(curves)
-    except KeyError:
-        return None
-    return round(value, 4) if value == value else None
+def _rows(
+    change: str, history: str, runs: Mapping[str, Json], restarted: Mapping[str, Mapping[str, Json]], scale: Scale
+) -> Json:
+    """By way, of the runs of seed 1 that were made. A window and a restart stand with either history: they do not know
+    it."""
+    rows: Json = {}
+    for way in WAYS:
+        for name in (f"{change}/{history}/{way}@1", f"{change}/{way}@1"):
+            if name in runs:
+                rows[way] = _row(runs[name], scale)
+    for kind in RIVALS:
+        if (of := restarted[change].get(kind)) is not None:
+            rows[kind] = {"lr": of["lr"], **_row(runs[of["run"]], scale)}
+    return rows
+
+
+def _row(run: Json, scale: Scale) -> Json:
+    since = {point["step"] - run["changed"] + 1: point["losses"] for point in run["probed"]}
+    return {str(row): since[row] for row in scale.rows}
 
 
 def bars(fired: float | None, near: float | None, far: float | None) -> list[Json]:
@@ -138,33 +94,33 @@ def bars(fired: float | None, near: float | None, far: float | None) -> list[Jso
     ]
 
 
-def _after(runs: dict[str, Json], scale: Scale) -> list[Json]:
-    """Rows about so many steps after the switch, of the runs that were made."""
-    rows = []
-    for share in ROWS:
-        since = round(share * scale.after)
-        row: Json = {"steps": since}
-        for name in COLUMNS:
-            if (run := runs.get(f"{name}@1")) is not None:
-                at = run["changed"] - 1 + since
-                row[name] = min(run["probed"], key=lambda p, at=at: abs(p["step"] - at))["losses"]["headers"]
-        rows.append(row)
-    return rows
-
-
 def tables(result: Json) -> list[Table]:
     """What a person reads."""
-    told = Table("figure", "predicted", "found", title="Predictions, from the pilot, and what was found")
+    told = Table("figure, nats a byte", "predicted", "found", title="Predicted before the run, and found")
     for name, both in result["figures"].items():
         told.add_row(name, _number(both["predicted"]), _number(both["found"]))
-    names = [name for name in COLUMNS if name in result["after_the_switch"][0]]
-    after = Table("steps after", *(COLUMNS[name] for name in names), title="Switch: x (y) on the new text, nats a byte")
-    for row in result["after_the_switch"]:
-        after.add_row(str(row["steps"]), *(f"{row[name][0]:.3f} ({row[name][1]:.3f})" for name in names))
+    after = [
+        _after(f"{CHANGES[change]}, {history} history: x on the new text (on the old), nats a byte", rows)
+        for change, histories in result["after"].items()
+        for history, rows in histories.items()
+        if rows
+    ]
+    seeds = Table("the switch, long history", "by seed", title="At the end, behind a window of 4T on the new text")
+    for name, found_by in result["by_seed"].items():
+        seeds.add_row(name, "  ".join(f"{value:+.3f}" for value in found_by.values()))
     held = Table("bar", "found", "expected", "")
     for bar in result["bars"]:
         held.add_row(bar["name"], _number(bar["figure"]), bar["expected"], "holds" if bar["ok"] else "MISSED")
-    return [told, after, held]
+    return [*after, seeds, told, held]
+
+
+def _after(title: str, rows: Json) -> Table:
+    steps = [since for since in next(iter(rows.values())) if since != "lr"]
+    table = Table("", *(f"{since} steps" for since in steps), title=title)
+    for way, row in rows.items():
+        name = WAYS.get(way) or f"{RIVALS[way]}, {row['lr']:g}"
+        table.add_row(name, *(f"{row[since][NEW]:.3f} ({row[since][OLD]:.3f})" for since in steps))
+    return table
 
 
 def _number(value: Any) -> str:
