@@ -26,17 +26,16 @@ from typing import Any
 import torch
 from quiet import quiet
 from rich.console import Console
+from segments import Segments, compared
 
 from anytimed.config import Config, load
-from anytimed.contracts import Batch
 from anytimed.service.console import View
-from anytimed.service.loop import Daemon
 from anytimed.service.recovery import recover
 from anytimed.service.requests import Mailbox
 from anytimed.storage.run_directory import RunDirectory
 
-STEPS = 10
 WARMUP_SEGMENTS = 4
+SCRAPED, PLAIN = True, False
 SETTLED_S = 0.01
 """Between two scrapes, so that closing one connection is not counted with the next."""
 CPU_BAR_S, RATIO_BAR = 0.005, 1.02
@@ -102,33 +101,26 @@ class Client:
         self._process.wait(10)
 
 
-class Timed(Daemon):
+class Timed(Segments):
     """The daemon, with a clock around its steps and a client that scrapes during every other segment."""
 
     def begin(self, segments: int, scrapes: int) -> None:
-        self.segments, self.scrapes = segments, scrapes
-        self.times: dict[bool, list[float]] = {False: [], True: []}
+        self.take_turns((PLAIN, SCRAPED), segments, warmup=WARMUP_SEGMENTS)
+        self.scrapes = scrapes
         self.cpu: list[float] = []
         self.idle: list[float] = []
         self.answer_bytes = self.scraped = 0
-        self._client: Client | None = None
-        self._segment = self._in_segment = 0
-        self._began = 0.0
+        self.client = Client(self._session.run.control_socket)
 
-    def _step(self, batch: Batch) -> None:
-        if self._client is None:
-            self._client = Client(self._session.run.control_socket)
-        if self._segment == WARMUP_SEGMENTS and not self.cpu:
-            self._stand_still(self._client)
-        scraping = self._segment % 2 == 1
-        if self._in_segment == 0:
-            if scraping:
-                self._client.on()
-            self._began = time.perf_counter()
-        super()._step(batch)
-        self._in_segment += 1
-        if self._in_segment == STEPS:
-            self._end_segment(self._client, scraping)
+    def begins(self) -> None:
+        if self.segment == WARMUP_SEGMENTS:
+            self._stand_still(self.client)
+        if self.kind is SCRAPED:
+            self.client.on()
+
+    def ended(self) -> None:
+        if self.kind is SCRAPED:
+            self.scraped = self.client.off()
 
     def _stand_still(self, client: Client) -> None:
         """The reader fills its queue and sleeps; then only scrapes cost anything."""
@@ -141,17 +133,6 @@ class Timed(Daemon):
             before = time.process_time()
             time.sleep(SETTLED_S + self.cpu[-1])
             self.idle.append(time.process_time() - before)
-
-    def _end_segment(self, client: Client, scraping: bool) -> None:
-        took = time.perf_counter() - self._began
-        if scraping:
-            self.scraped = client.off()
-        if self._segment >= WARMUP_SEGMENTS:
-            self.times[scraping].append(took)
-        self._segment, self._in_segment = self._segment + 1, 0
-        if self._segment == self.segments + WARMUP_SEGMENTS:
-            client.close()
-            self._limit = self._learner.step_count
 
 
 def dealt(config: Config, folder: Path, count: int) -> Config:
@@ -193,8 +174,8 @@ def main() -> None:
             daemon = Timed(session, mailbox, view)
             daemon.begin(arguments.segments, arguments.scrapes)
             daemon.run()
+            daemon.client.close()
         run.release()
-    plain, scraped = (statistics.median(daemon.times[which]) for which in (False, True))
     cpu = statistics.median(daemon.cpu)
     result: dict[str, Any] = {
         "config": str(arguments.config),
@@ -208,18 +189,8 @@ def main() -> None:
             "p95": round(1e3 * statistics.quantiles(daemon.cpu, n=20)[-1], 3),
             "idle p50": round(1e3 * statistics.median(daemon.idle), 3),
         },
-        "segments_each": len(daemon.times[True]),
         "scrapes_in_segments": daemon.scraped,
-        "median_10_steps_s": {"not scraped": round(plain, 4), "scraped every second": round(scraped, 4)},
-        "quartiles_10_steps_s": {
-            name: [round(q, 4) for q in statistics.quantiles(daemon.times[which], n=4)]
-            for name, which in (("not scraped", False), ("scraped every second", True))
-        },
-        "ratio": round(scraped / plain, 4),
-        # The same comparison among segments that do the same thing: what the ratio is worth.
-        "ratio_of_plain_halves": round(
-            statistics.median(daemon.times[False][1::2]) / statistics.median(daemon.times[False][::2]), 4
-        ),
+        **compared(daemon.times, (PLAIN, "not scraped"), (SCRAPED, "scraped every second")),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")

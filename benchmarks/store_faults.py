@@ -17,54 +17,41 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from quiet import quiet
 from rich.console import Console
+from segments import Segments
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the servers and the proxy of the fault suite
 
 from anytimed.config import load  # noqa: E402
-from anytimed.contracts import Batch  # noqa: E402
 from anytimed.service.console import View  # noqa: E402
-from anytimed.service.loop import Daemon  # noqa: E402
 from anytimed.service.recovery import recover  # noqa: E402
 from anytimed.service.requests import Mailbox  # noqa: E402
 from anytimed.storage.run_directory import RunDirectory  # noqa: E402
 from tests.faults import servers  # noqa: E402
 
-STEPS = 10
 MODES = ("healthy", "dead", "storm")
 
 
-class Timed(Daemon):
+class Timed(Segments):
     """The daemon, with a clock around segments and another store for each."""
 
     def begin(self, segments: int, proxy: subprocess.Popen[str]) -> None:
-        self._segments, self._proxy = segments, proxy
-        self.times: dict[str, list[float]] = {mode: [] for mode in MODES}
-        self._segment = self._in_segment = 0
-        self._began = 0.0
+        self.take_turns(MODES, segments, warmup=len(MODES))
+        self._proxy = proxy
 
-    def _step(self, batch: Batch) -> None:
-        if self._in_segment == 0:
-            assert self._proxy.stdin is not None
-            self._proxy.stdin.write(MODES[self._segment % 3] + "\n")
-            self._proxy.stdin.flush()
-            self._outbox.wake()  # no pause left over from the segment before
-            self._began = time.perf_counter()
-            self._begin_export()
-        super()._step(batch)
-        self._in_segment += 1
-        if self._in_segment == STEPS:
-            if self._segment >= len(MODES):  # the first of each is for warming up
-                self.times[MODES[self._segment % 3]].append(time.perf_counter() - self._began)
-            self._segment, self._in_segment = self._segment + 1, 0
-            if self._segment == self._segments + len(MODES):
-                self._limit = self._learner.step_count
+    def begins(self) -> None:
+        assert self._proxy.stdin is not None
+        self._proxy.stdin.write(self.kind + "\n")
+        self._proxy.stdin.flush()
+        self._outbox.wake()  # no pause left over from the segment before
+
+    def starts(self) -> None:
+        self._begin_export()
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 The Llama adapter's model on random tokens, float32 parameters under bfloat16 autocast, as the daemon trains: one step
 is 2^19 tokens in micro-batches. Forward and backward are timed by events; their gradients then are the ones that all
-contenders step with, interleaved. The first steps of ours are taken with torch's sync debug mode set to "error".
+contenders step with, interleaved. After the first step, in which the compiler may wait for the device, a few steps of
+ours are taken with torch's sync debug mode set to "error".
 """
 
 from __future__ import annotations
@@ -88,10 +89,12 @@ def training_part(
 
 def _sync_found(device: torch.device, step: Callable[[], object]) -> str | None:
     """What torch says of the first wait for the device in a few steps; None if there is none."""
+    step()  # compiles, and the compiler measures
     if device.type != "cuda":
         for _ in range(GUARDED_STEPS):
             step()
         return None
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(GUARDED_STEPS):
