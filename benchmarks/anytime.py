@@ -20,17 +20,14 @@ Every run is a process of its own, one thread each (with --quick they share one)
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from horizons import picture, report
+from horizons import command, picture, report
 from horizons.plans import FULL, GPU, QUICK, RIVALS, Scale, one_run, rival_run
-from horizons.trainer import Trainer, as_text, earlier, last, machine, text_of
+from horizons.trainer import Trainer, last
 from horizons.tuning import best_of, tuned
-from rich.console import Console
 
 from anytimed.contracts import Json
 
@@ -78,42 +75,31 @@ def speed_of(trainer: Trainer, peak_tflops: float | None) -> Json:
     return found
 
 
-def result_of(trainer: Trainer, peak_tflops: float | None) -> Json:
+def told(trainer: Trainer, peak_tflops: float | None) -> Json:
     scale = trainer.scale
     found = measured(trainer)
     return {
-        "scale": scale.name,
-        "machine": machine(),
-        "text": text_of(trainer.corpus),
-        "parameters": next(iter(trainer.found.values()))["parameters"],
-        "tokens_per_step": scale.tokens,
-        "horizons": list(scale.horizons),
         "one_configuration": {kind: one_run(kind, scale, 1).optimizer for kind in scale.configuration},
         "speed": speed_of(trainer, peak_tflops),
-        "seconds_of_training": round(sum(run["seconds"] for run in trainer.found.values())),
         "table": (table := report.table_of(found, scale)),
         "bars": report.bars(table, scale),
         **found,
-        "runs": {name: {k: v for k, v in run.items() if k != "run"} for name, run in sorted(trainer.found.items())},
     }
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = command.parser(__doc__, "anytime")
     parser.add_argument("--quick", action="store_true", help="a smaller model, two short horizons: whether it works")
     parser.add_argument("--gpu", action="store_true", help="27.5 M parameters on CUDA, on your own --texts")
     parser.add_argument("--texts", help="a glob of text files to train and measure on, instead of Python's library")
     parser.add_argument("--multiples", type=multiples, help="horizons, in T: 1,2,4,8")
     parser.add_argument("--peak-tflops", type=float, help="of the device in the precision that is used; for the MFU")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/anytime.json"))
-    parser.add_argument("--scratch", type=Path, default=Path(".anytimed/anytime"), help="where finished runs are kept")
-    parser.add_argument("--from", dest="earlier", type=Path, help="take runs from this result where they are the same")
-    parser.add_argument("--report", action="store_true", help="table and picture from the JSON; trains nothing")
     parser.add_argument("--assert", dest="insist", action="store_true", help="exit with 1 where a bar is missed")
     arguments = parser.parse_args()
-    if arguments.gpu and not (arguments.texts or arguments.report):
-        parser.error("--gpu: give --texts as well; Python's library is too small for it")
+    if arguments.gpu:
+        arguments.jobs = 1
+        if not (arguments.texts or arguments.report):
+            parser.error("--gpu: give --texts as well; Python's library is too small for it")
     return arguments
 
 
@@ -133,26 +119,16 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
 def main() -> int:
     arguments = parsed()
     scale = scale_of(arguments)
-    if arguments.report:
-        result: Json = json.loads(arguments.json.read_text())
-    else:
-        scratch: Path = (arguments.scratch / scale.name).absolute()
-        known = earlier(arguments.earlier)
-        jobs = 1 if arguments.gpu else arguments.jobs
-        trainer = Trainer(scale, scratch, jobs, here=arguments.quick, earlier=known, texts=arguments.texts)
-        result = result_of(trainer, arguments.peak_tflops)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(as_text(result), encoding="utf-8")
+    result = command.result_of(
+        arguments,
+        scale,
+        lambda trainer: told(trainer, arguments.peak_tflops),
+        here=arguments.quick,
+        texts=arguments.texts,
+    )
     arguments.json.with_suffix(".svg").write_text(picture.drawn(result), encoding="utf-8")
-    out = Console() if sys.stdout.isatty() else Console(width=120)
-    for table in report.tables(result):
-        out.print(table)
-    missed = [bar for bar in result["bars"] if not bar["ok"]]
-    if arguments.insist and missed:
-        for bar in missed:
-            print(f"missed: {bar['name']}: {bar['figure']}, expected {bar['expected']}", file=sys.stderr)
-        return 1
-    return 0
+    command.show(report.tables(result))
+    return int(arguments.insist and command.missed(result["bars"]))
 
 
 if __name__ == "__main__":

@@ -26,20 +26,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from extension import picture, report
 from extension.measuring import measured
 from extension.plans import Plan
 from extension.scales import FULL, QUICK
 from extension.training import Trainer, keep
-from rich.console import Console
+from horizons.command import missed, show
+from keeping import machine, text_of
 
 from anytimed.contracts import Json
 
@@ -56,23 +53,12 @@ def result_of(trainer: Trainer, seeds: int) -> Json:
         "scale": scale.name,
         "unit_steps": scale.unit,
         "trunk_steps": scale.trunk,
-        "machine": {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
         "texts": texts,
         **report.figures(runs, found["restarted"], scale),
         "restarted": found["restarted"],
         "runs": runs,
     }
-
-
-def as_text(result: Json) -> str:
-    """JSON with every point of a curve on one line."""
-    text = json.dumps(result, indent=1)
-    return re.sub(r"\{[^{}]*?(\{[^{}]*\}[^{}]*?)?\}", lambda m: _line(m.group()), text) + "\n"
-
-
-def _line(text: str) -> str:
-    joined = re.sub(r"\s*\n\s*", " ", text)
-    return joined.replace("{ ", "{").replace(" }", "}").replace("[ ", "[").replace(" ]", "]")
 
 
 def parsed() -> argparse.Namespace:
@@ -108,21 +94,14 @@ def main() -> int:
         program = None if arguments.quick else Path(__file__)
         result = result_of(Trainer(scale, scratch, arguments.jobs, program, only_kept=arguments.kept), arguments.seeds)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(as_text(result), encoding="utf-8")
+        arguments.json.write_text(text_of(result), encoding="utf-8")
     svg = arguments.svg or arguments.json.with_suffix(".svg")
     if result["runs"].keys() >= picture.NEEDED:
         svg.write_text(picture.drawn(result), encoding="utf-8")
     else:
         print(f"no picture without {', '.join(sorted(picture.NEEDED - result['runs'].keys()))}", file=sys.stderr)
-    out = Console() if sys.stdout.isatty() else Console(width=120)
-    for table in report.tables(result):
-        out.print(table)
-    missed = [bar for bar in result["bars"] if not bar["ok"]]
-    if arguments.insist and missed:
-        for bar in missed:
-            print(f"missed: {bar['name']}: {bar['figure']}, expected {bar['expected']}", file=sys.stderr)
-        return 1
-    return 0
+    show(report.tables(result))
+    return int(arguments.insist and missed(result["bars"]))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,12 @@ configuration. Told are the loss of x, y and z on unseen text, the norms of weig
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Final
 
+from horizons import command
 from horizons.plans import LONG, ONE_CONFIGURATION, Run, Scale
-from horizons.trainer import Trainer, as_text, earlier, machine, text_of
-from rich.console import Console
+from horizons.trainer import Trainer
 from rich.table import Table
 
 from anytimed.contracts import Json
@@ -38,7 +34,8 @@ def run_of(way: str, scale: Scale, seed: int) -> Run:
     return Run(f"decay {way}@{seed}", optimizer, scale.horizons[-1], seed, marks)
 
 
-def result_of(trainer: Trainer) -> Json:
+def measured(trainer: Trainer) -> Json:
+    """`table`: by way and horizon, the means of the figures."""
     scale = trainer.scale
     seeds = range(1, scale.seeds + 1)
     runs = {way: [run_of(way, scale, seed) for seed in seeds] for way in WAYS}
@@ -50,16 +47,7 @@ def result_of(trainer: Trainer) -> Json:
         }
         for way, some in runs.items()
     }
-    return {
-        "scale": scale.name,
-        "machine": machine(),
-        "text": text_of(trainer.corpus),
-        "parameters": next(iter(trainer.found.values()))["parameters"],
-        "tokens_per_step": scale.tokens,
-        "seeds": scale.seeds,
-        "table": table,
-        "runs": {name: {k: v for k, v in run.items() if k != "run"} for name, run in sorted(trainer.found.items())},
-    }
+    return {"seeds": scale.seeds, "table": table}
 
 
 def _mean(runs: list[Json], step: int, figure: str) -> float | None:
@@ -75,23 +63,6 @@ def table_of(result: Json) -> Table:
     return told
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/long_horizon.json"))
-    parser.add_argument("--scratch", type=Path, default=Path(".anytimed/anytime"), help="where finished runs are kept")
-    parser.add_argument("--from", dest="earlier", type=Path, help="take runs from this result where they are the same")
-    parser.add_argument("--report", action="store_true", help="the table from the JSON; trains nothing")
-    arguments = parser.parse_args()
-    if arguments.report:
-        result: Json = json.loads(arguments.json.read_text())
-    else:
-        scratch = (arguments.scratch / LONG.name).absolute()
-        result = result_of(Trainer(LONG, scratch, arguments.jobs, here=False, earlier=earlier(arguments.earlier)))
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(as_text(result), encoding="utf-8")
-    (Console() if sys.stdout.isatty() else Console(width=140)).print(table_of(result))
-
-
 if __name__ == "__main__":
-    main()
+    found = command.result_of(command.parser(__doc__, "long_horizon").parse_args(), LONG, measured)
+    command.show([table_of(found)], width=140)

@@ -10,15 +10,11 @@ says how much of a difference means nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any, Final
 
+from horizons import command
 from horizons.plans import FULL, Run, Scale, one_run
-from horizons.trainer import Trainer, as_text, earlier, machine, text_of
-from rich.console import Console
+from horizons.trainer import Trainer
 from rich.table import Table
 
 from anytimed.contracts import Json
@@ -57,15 +53,13 @@ def varied(kind: str, scale: Scale) -> dict[str, dict[str, Run]]:
     return found
 
 
-def result_of(trainer: Trainer) -> Json:
+def measured(trainer: Trainer) -> Json:
+    """`table`: by optimizer, what is varied and value, the losses of x at the horizons."""
     scale = trainer.scale
     plans = {kind: varied(kind, scale) for kind in VARIED}
     horizons = [scale.unit * m for m in MULTIPLES]
     trainer.all_of([run for some in plans.values() for by in some.values() for run in by.values()])
     return {
-        "scale": scale.name,
-        "machine": machine(),
-        "text": text_of(trainer.corpus),
         "horizons": horizons,
         "base": {kind: one_run(kind, scale, 1).optimizer for kind in VARIED},
         "table": {
@@ -75,7 +69,6 @@ def result_of(trainer: Trainer) -> Json:
             }
             for kind, some in plans.items()
         },
-        "runs": {name: {k: v for k, v in run.items() if k != "run"} for name, run in sorted(trainer.found.items())},
     }
 
 
@@ -102,24 +95,5 @@ def _cell(loss: float | None, base: float) -> str:
     return "diverged" if loss is None else f"{loss:.3f} ({loss - base:+.3f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/sensitivity.json"))
-    parser.add_argument("--scratch", type=Path, default=Path(".anytimed/anytime"), help="where finished runs are kept")
-    parser.add_argument("--from", dest="earlier", type=Path, help="take runs from this result where they are the same")
-    parser.add_argument("--report", action="store_true", help="the table from the JSON; trains nothing")
-    arguments = parser.parse_args()
-    if arguments.report:
-        result: Json = json.loads(arguments.json.read_text())
-    else:
-        scratch = (arguments.scratch / FULL.name).absolute()
-        result = result_of(Trainer(FULL, scratch, arguments.jobs, here=False, earlier=earlier(arguments.earlier)))
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(as_text(result), encoding="utf-8")
-    for table in tables(result):
-        (Console() if sys.stdout.isatty() else Console(width=120)).print(table)
-
-
 if __name__ == "__main__":
-    main()
+    command.show(tables(command.result_of(command.parser(__doc__, "sensitivity").parse_args(), FULL, measured)))

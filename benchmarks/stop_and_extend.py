@@ -22,7 +22,8 @@ from typing import Any, Final
 
 import torch
 from horizons.plans import FULL, QUICK, Run, Scale, one_run, tables
-from horizons.trainer import corpus_of, machine
+from horizons.trainer import corpus_of
+from keeping import machine
 from safetensors.torch import load_file
 
 from anytimed.config import load
@@ -30,7 +31,7 @@ from anytimed.contracts import Json, Position
 from anytimed.data.pipeline import Dry
 from anytimed.data.reader import read_one
 from anytimed.service.assembly import parts_of, pipeline_of
-from anytimed.service.victim import WAITING, Life
+from anytimed.service.victim import Life, to_the_end
 from anytimed.storage.commits import Commits
 from anytimed.storage.journal_copy import JournalCopy
 from anytimed.storage.run_directory import RunDirectory
@@ -67,16 +68,7 @@ class Half:
 
     def train(self, steps: int) -> int:
         """Up to so many steps, or until there is nothing more to read; the step where it stands."""
-        life = Life(self.folder, steps)
-        try:
-            while (code := life.ended()) is None:
-                if (status := life.status()) is not None and status["state"] == WAITING:
-                    life.stop()
-                time.sleep(0.05)
-        finally:
-            life.kill()
-        if code:
-            raise life.failed(code)
+        to_the_end(Life(self.folder, steps), lambda status: None)
         return self.commit().manifest.step
 
     def commit(self) -> Any:

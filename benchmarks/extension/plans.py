@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from horizons.plans import NEVER, RIVALS
+from horizons.plans import NEVER, ONE_CONFIGURATION, RIVALS, data, llama
 
 from anytimed.contracts import Json
 from extension.scales import Scale
 
-OPTIMIZERS: Final[dict[str, dict[str, Any]]] = {
-    "sf_normuon": {"type": "sf_normuon", "lr": 0.04, "aux_lr": 0.02, "beta": 0.9, "mu": 0.8, "weight_decay": 0.1},
-    "amuse": {"type": "amuse", "lr": 0.02, "aux_lr": 0.01, "beta1": 0.6, "mu": 0.8, "rho": 0.4, "weight_decay": 0.1},
-}
+OPTIMIZERS: Final = {kind: {**ONE_CONFIGURATION[kind], "weight_decay": 0.1} for kind in ("sf_normuon", "amuse")}
 TEXTS: Final = ("python", "headers")
 """The old text and the new one; every run is measured on both."""
 CHANGES: Final[dict[str, tuple[str, ...]]] = {
@@ -169,23 +166,11 @@ def tables(plan: Plan, scale: Scale, streams: Mapping[str, str], folder: str, pu
     return {
         "run": {"directory": folder, "seed": plan.seed, "device": "cpu", "threads": 1},
         "model": {
-            "type": "llama",
-            "hidden_size": scale.hidden,
-            "layers": scale.layers,
-            "heads": 4,
-            "intermediate_size": 3 * scale.hidden,
-            "context_length": 1024,
-            "tie_embeddings": False,
+            **llama(scale.hidden, scale.layers, 4),
             "init_from": published[1] if plan.restart else None,
         },
         "tokenizer": {"type": "bytes"},
-        "data": {
-            "sequence_length": scale.context,
-            "batch_size": BATCH,
-            "shuffle_block_sequences": scale.block,
-            "discover": {"every_s": 3600.0},
-            "holdout": {"fraction": 0.1, "max_tokens": scale.holdout_tokens, "record_tokens": 1024},
-        },
+        "data": data(scale.context, BATCH, scale.block, scale.holdout_tokens),
         "sources": {name: {"type": "jsonl", "url": streams[name]} for name in plan.sources},
         "optimizer": {**plan.optimizer, "warmup_steps": scale.warmup},
         "training": {"steered_memory": plan.steered},

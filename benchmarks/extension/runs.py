@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from horizons.plans import ALLOWED
+from keeping import plain
 from probing import Probe, rounded
 from rich.console import Console
 
@@ -114,15 +115,11 @@ def train(plan: Plan, scale: Scale, corpora: Mapping[str, Corpus], folder: Path)
 
 
 def run_directory(folder: Path, name: str) -> Path:
-    return folder / "runs" / file_name(name)
+    return folder / "runs" / plain(name)
 
 
 def _published(folder: Path, name: str) -> Path:
-    return folder / "published" / file_name(name)
-
-
-def file_name(name: str) -> str:
-    return name.replace("/", "-").replace(", ", "-").replace(" ", "")
+    return folder / "published" / plain(name)
 
 
 def _age(session: Session, factor: int, power: float) -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+import keeping
 
 from anytimed.contracts import Json
 from extension.corpora import SOURCES, Corpus, gather
 from extension.plans import Plan, tables
-from extension.runs import file_name, run_directory, train
+from extension.runs import run_directory, train
 from extension.scales import Scale
 
 
@@ -57,10 +53,7 @@ class Trainer:
         else:
             folder = str(self._scratch.parent)
             command = [sys.executable, str(self._program), "--one", json.dumps(plan.told()), "--scratch", folder]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-            if done.returncode:
-                raise SystemExit(f"{plan.name}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+            keeping.alone(command, plan.name)
         found = self._kept(plan)
         assert found is not None, plan.name
         losses = found["probed"][-1]["losses"]
@@ -69,12 +62,8 @@ class Trainer:
 
     def _kept(self, plan: Plan) -> Json | None:
         """The curve of an earlier run of the same plan, if what others go on from is there as well."""
-        try:
-            found: Json = json.loads(_curve(plan, self._scratch).read_text())
-        except (OSError, ValueError):
-            return None
-        if found["key"] != key_of(plan, self.scale, self.corpora):
-            return None
+        path = keeping.curve_file(self._scratch, plan.name)
+        found = keeping.kept(path, key_of(plan, self.scale, self.corpora))
         return found if run_directory(self._scratch, plan.name).exists() else None
 
 
@@ -82,9 +71,7 @@ def keep(plan: Plan, scale: Scale, scratch: Path) -> None:
     """Train one plan in this process and keep its curve."""
     corpora = corpora_of(scale, scratch)
     found = {"key": key_of(plan, scale, corpora), **train(plan, scale, corpora, scratch)}
-    path = _curve(plan, scratch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
+    keeping.keep(keeping.curve_file(scratch, plan.name), found)
 
 
 @functools.cache
@@ -99,10 +86,4 @@ def corpora_of(scale: Scale, scratch: Path) -> dict[str, Corpus]:
 def key_of(plan: Plan, scale: Scale, corpora: dict[str, Corpus]) -> str:
     """What a kept curve has to have come from."""
     texts = {name: corpus.digest for name, corpus in corpora.items()}
-    told = [plan.told(), tables(plan, scale, texts, "", ("", "")), repr(scale)]
-    made = [*told, torch.__version__, platform.python_version()]
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
-
-
-def _curve(plan: Plan, scratch: Path) -> Path:
-    return scratch / "curves" / f"{file_name(plan.name)}.json"
+    return keeping.key_of(plan.told(), tables(plan, scale, texts, "", ("", "")), repr(scale))

@@ -6,6 +6,7 @@ horizon, stand the rivals that know it, each with the learning rate that is best
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -102,8 +103,7 @@ class Scale:
     def marks(self) -> tuple[int, ...]:
         """Steps at which the one run is measured: three to an octave, and every horizon."""
         last, first = self.horizons[-1], self.unit / 10
-        octaves = range(64)
-        found = {round(first * 2 ** (k / 3)) for k in octaves if first * 2 ** (k / 3) <= last}
+        found = {round(first * 2 ** (k / 3)) for k in range(int(3 * math.log2(last / first)) + 1)}
         return tuple(sorted(found | set(self.horizons)))
 
 
@@ -149,32 +149,41 @@ def rival_run(kind: str, horizon: int, lr: float, scale: Scale, seed: int) -> Ru
 NEVER: Final = 10**9
 
 
+def llama(hidden: int, layers: int, heads: int) -> Json:
+    """The table of a byte model."""
+    return {
+        "type": "llama",
+        "hidden_size": hidden,
+        "layers": layers,
+        "heads": heads,
+        "intermediate_size": 3 * hidden,
+        "context_length": 1024,
+        "tie_embeddings": False,
+    }
+
+
+def data(context: int, batch: int, block: int, holdout_tokens: int, micro_batch: int | None = None) -> Json:
+    """The table of what is read; nothing new is looked for."""
+    return {
+        "sequence_length": context,
+        "batch_size": batch,
+        **({} if micro_batch is None else {"micro_batch_size": micro_batch}),
+        "shuffle_block_sequences": block,
+        "discover": {"every_s": 3600.0},
+        "holdout": {"fraction": 0.1, "max_tokens": holdout_tokens, "record_tokens": 1024},
+    }
+
+
 def tables(run: Run, scale: Scale, stream: str, folder: str) -> Json:
     """The configuration of a run, as its file would say it."""
     where = (
         {"device": "cuda", "precision": "bfloat16", "compile": True} if scale.gpu else {"device": "cpu", "threads": 1}
     )
-    micro = {} if scale.micro_batch is None else {"micro_batch_size": scale.micro_batch}
     return {
         "run": {"directory": f"{folder}/run", "seed": run.seed, **where},
-        "model": {
-            "type": "llama",
-            "hidden_size": scale.hidden,
-            "layers": scale.layers,
-            "heads": scale.heads,
-            "intermediate_size": 3 * scale.hidden,
-            "context_length": 1024,
-            "tie_embeddings": False,
-        },
+        "model": llama(scale.hidden, scale.layers, scale.heads),
         "tokenizer": {"type": "bytes"},
-        "data": {
-            "sequence_length": scale.context,
-            "batch_size": scale.batch,
-            **micro,
-            "shuffle_block_sequences": scale.block,
-            "discover": {"every_s": 3600.0},
-            "holdout": {"fraction": 0.1, "max_tokens": scale.holdout_tokens, "record_tokens": 1024},
-        },
+        "data": data(scale.context, scale.batch, scale.block, scale.holdout_tokens, scale.micro_batch),
         "sources": {"python": {"type": "jsonl", "url": stream}},
         "optimizer": run.optimizer,
         "training": {"steered_memory": run.steered},

@@ -15,16 +15,16 @@ averaged and fast iterate are the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
-from anytimed.contracts import Json, Role
-from anytimed.optim import SFNorMuon, param_groups
+from anytimed.optim import SFNorMuon
+from anytimed.training.optimizers import Recipe
 
 DECAYED_SHARE: Final = 0.2
 """Of the horizon, over which warmup-stable-decay lets the learning rate fall."""
@@ -64,7 +64,7 @@ class Scheduled:
             optimizer.zero_grad(set_to_none)
 
     def step(self, *, gate: Tensor, loss: Tensor | None = None) -> None:
-        """One step; none where the gate is False (it is looked at: these run on a CPU)."""
+        """One step; none where the gate is False: it is looked at, which waits for a device."""
         if not gate:
             return
         self._taken += 1
@@ -140,71 +140,61 @@ class _MatrixSettings(_Settings):
     mu: float
 
 
-class _Rival:
-    """A recipe of the entry points `anytimed.optimizers`, as the built-in ones are."""
+class _Rival(Recipe):
+    """A recipe of the entry points `anytimed.optimizers`; `parts` are its optimizers, one after the other."""
 
-    shape: ClassVar[Callable[[int, int, int], float]] = cosine
+    shape: ClassVar[Callable[[int, int, int], float]] = staticmethod(cosine)
+    parts: ClassVar[Callable[[Any, list[dict[str, Any]], list[Tensor]], list[Optimizer]]]
 
-    def __init__(self, settings: Any) -> None:
-        self.settings = settings
+    @classmethod
+    def optimizer(cls, groups: list[dict[str, Any]], **numbers: Any) -> Scheduled:
+        """From groups as `param_groups` makes them, and the settings."""
+        told, shape = cls.Settings(**numbers), cls.shape
+        matrices = [group for group in groups if group["rule"] == "spectral"]
+        others = [p for group in groups if group["rule"] == "adamw" for p in group["params"]]
+        return Scheduled(cls.parts(told, matrices, others), lambda t: shape(t, told.horizon, told.warmup_steps))
 
-    def numbers(self) -> Json:
-        told: Json = self.settings.model_dump()
-        return told
 
-    def build(
-        self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
-        roles: Mapping[str, Role],
-        row_splits: Mapping[str, Sequence[int]] | None = None,
-    ) -> Scheduled:
-        groups = param_groups(named_parameters, roles, row_splits=row_splits)
-        matrices = [g for g in groups if g["rule"] == "spectral"]
-        others = [p for g in groups if g["rule"] == "adamw" for p in g["params"]]
-        shape, horizon, warmup = type(self).shape, self.settings.horizon, self.settings.warmup_steps
-        return Scheduled(self.optimizers(matrices, others), lambda step: shape(step, horizon, warmup))
+def _adamw(told: _Settings, params: list[Tensor], lr: float) -> AdamW:
+    return AdamW(params, lr=lr, betas=(told.beta1, told.beta2), weight_decay=told.weight_decay)
 
-    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
-        raise NotImplementedError
 
-    def _adamw(self, params: list[Tensor], lr: float) -> AdamW:
-        told = self.settings
-        return AdamW(params, lr=lr, betas=(told.beta1, told.beta2), weight_decay=told.weight_decay)
+def _all_adamw(told: _Settings, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+    return [_adamw(told, [*(p for group in matrices for p in group["params"]), *others], told.lr)]
+
+
+def _normuon(told: _MatrixSettings, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+    spectral = SFNorMuon(
+        matrices,
+        lr=told.lr,
+        beta=0.0,
+        mu=told.mu,
+        weight_decay=told.weight_decay,
+        warmup_steps=0,
+        averaging_window_steps=1,
+        averaging_lr_power=0.0,
+    )
+    return [spectral, _adamw(told, others, told.aux_lr)]
+
+
+def _muon(told: _MatrixSettings, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+    params = [p for group in matrices for p in group["params"]]
+    decay = told.weight_decay
+    muon = Muon(params, lr=told.lr, momentum=told.mu, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, _adamw(told, others, told.aux_lr)]
 
 
 class AdamWCosine(_Rival):
     Settings = _Settings
-
-    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
-        return [self._adamw([*(p for g in matrices for p in g["params"]), *others], self.settings.lr)]
+    parts = staticmethod(_all_adamw)
 
 
 class NorMuonCosine(_Rival):
     Settings = _MatrixSettings
-
-    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
-        told = self.settings
-        spectral = SFNorMuon(
-            matrices,
-            lr=told.lr,
-            beta=0.0,
-            mu=told.mu,
-            weight_decay=told.weight_decay,
-            warmup_steps=0,
-            averaging_window_steps=1,
-            averaging_lr_power=0.0,
-        )
-        return [spectral, self._adamw(others, told.aux_lr)]
+    parts = staticmethod(_normuon)
 
 
 class MuonWSD(_Rival):
     Settings = _MatrixSettings
-    shape = stable_then_decay
-
-    def optimizers(self, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
-        told = self.settings
-        params = [p for g in matrices for p in g["params"]]
-        muon = Muon(
-            params, lr=told.lr, momentum=told.mu, weight_decay=told.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        return [muon, self._adamw(others, told.aux_lr)]
+    shape = staticmethod(stable_then_decay)
+    parts = staticmethod(_muon)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from extension.corpora import Corpus
@@ -38,9 +39,9 @@ class Watched(Daemon):
         if self._since is None:  # the first step may compile
             self._since, self._trained_from = time.monotonic(), self._learner.tokens
         if self._learner.step_count in self._run.marks:
-            self._learner.metrics()  # waits for the device
+            figures = self._learner.metrics()  # waits for the device
             self.trained_s += time.monotonic() - self._since
-            self._look()
+            self._look(figures)
             self._since = time.monotonic()
 
     def tokens_per_s(self) -> float | None:
@@ -48,8 +49,7 @@ class Watched(Daemon):
         told = self.seen[-1]["tokens"] - self._trained_from if self.seen else 0
         return round(told / self.trained_s, 1) if self.trained_s and told else None
 
-    def _look(self) -> None:
-        figures = self._learner.metrics()
+    def _look(self, figures: Mapping[str, float]) -> None:
         told = {name: rounded(figures[name]) for name in ("z_norm", "zx_distance", "beta", "c") if name in figures}
         norms = {name: rounded(v) for name, v in figures.items() if name.endswith(("weight_norm", "update_rms"))}
         losses = dict(zip(self._run.at, self._probe.losses(self._run.at), strict=True))

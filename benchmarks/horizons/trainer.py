@@ -1,18 +1,14 @@
 """Trains runs, some at once, and keeps what was seen in each.
 
 A run is a process of its own, `python -m horizons.trainer RUN`, on one thread; or, for small ones, this process. What
-it saw is a file under the scratch folder, and is taken from there (or from an earlier result) where run, texts, torch
-and Python are the same: who stops a benchmark loses the runs under way and no other.
+it saw is kept under the scratch folder, and is taken from there (or from an earlier result) where run, texts, torch and
+Python are the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
+import keeping
 from extension.corpora import Corpus, gather
 
 from anytimed.contracts import Json
@@ -72,21 +68,15 @@ class Trainer:
     def _elsewhere(self, run: Run) -> None:
         asked = {"scale": self.scale.name, "multiples": self.scale.multiples, "texts": self._texts}
         told = json.dumps({**asked, "scratch": str(self._scratch), "run": run.told()})
-        path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        one_thread = {} if self.scale.gpu else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        environment = {**os.environ, **one_thread, "PYTHONPATH": path}
         command = [sys.executable, "-m", "horizons.trainer", told]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{run.name}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        keeping.alone(command, run.name, one_thread=not self.scale.gpu)
 
     def _kept(self, run: Run) -> Json | None:
         key = key_of(run, self.scale, self.corpus)
-        try:
-            found: Json = json.loads(_file(run, self._scratch).read_text())
-        except (OSError, ValueError):
-            found = self._earlier.get(run.name, {})
-        return found if found.get("key") == key else None
+        if (found := keeping.kept(keeping.curve_file(self._scratch, run.name), key)) is not None:
+            return found
+        found = self._earlier.get(run.name)
+        return found if found is not None and found["key"] == key else None
 
 
 def last(found: Json) -> float | None:
@@ -102,50 +92,16 @@ def corpus_of(scale: Scale, scratch: Path, texts: str | None = None) -> Corpus:
     return gather("python", scratch / "corpora", stream_bytes=scale.stream_bytes, probe_bytes=scale.probe_bytes)
 
 
-def text_of(corpus: Corpus) -> Json:
-    """What a result tells of it."""
-    return {
-        "sha256": corpus.digest,
-        "stream_bytes": corpus.size,
-        "probe_documents": len(corpus.probe),
-        "probe_bytes": sum(len(text.encode()) for text in corpus.probe),
-    }
-
-
-def machine() -> Json:
-    return {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
-
-
 def key_of(run: Run, scale: Scale, corpus: Corpus) -> str:
     """What a kept run has to have come from."""
-    made = [run.told(), tables(run, scale, corpus.digest, ""), torch.__version__, platform.python_version()]
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+    return keeping.key_of(run.told(), tables(run, scale, corpus.digest, ""))
 
 
 def keep(run: Run, scale: Scale, corpus: Corpus, scratch: Path) -> None:
     """Train a run in this process and keep what was seen."""
-    path = _file(run, scratch)
-    folder = scratch / "runs" / f"{path.stem}-{os.getpid()}"
-    found = {"key": key_of(run, scale, corpus), **train(run, scale, corpus, folder)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(found))
-    beside.replace(path)
-
-
-def _file(run: Run, scratch: Path) -> Path:
-    return scratch / "curves" / f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', run.name)}.json"
-
-
-def as_text(result: Json) -> str:
-    """JSON with everything that fits on a line on one."""
-    text = json.dumps(result, indent=1)
-    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s+", " ", m.group()), text) + "\n"
-
-
-def earlier(path: Path | None) -> dict[str, Json]:
-    """The runs of a result's file."""
-    return {} if path is None else dict(json.loads(path.read_text())["runs"])
+    path = keeping.curve_file(scratch, run.name)
+    found = train(run, scale, corpus, scratch / "runs" / f"{path.stem}-{os.getpid()}")
+    keeping.keep(path, {"key": key_of(run, scale, corpus), **found})
 
 
 def main() -> None:

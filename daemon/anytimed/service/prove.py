@@ -23,11 +23,9 @@ from anytimed.config import Config
 from anytimed.contracts import ConfigError, Json
 from anytimed.service.assembly import inexact_resume, parts_of
 from anytimed.service.sameness import Sameness, compare
-from anytimed.service.victim import WAITING, Life, await_moment, committed_step, moments
+from anytimed.service.victim import Life, await_moment, committed_step, moments, to_the_end
 
 UNDISTURBED, KILLED = "undisturbed", "killed"
-DRY_S, UNAVAILABLE_S = 1.0, 60.0
-"""How long a run waits for data before the stream counts as dry: all of it is read; a source does not answer."""
 
 OF_THE_USER = (
     "exports.storage_options",
@@ -229,23 +227,9 @@ def _killed(plan: Plan, folder: Path, proof: Proof, pace: _Pace, tell: Tell) -> 
 
 def _to_the_end(steps: int, folder: Path, proof: Proof, tell: Tell, name: str) -> tuple[Life, str | None]:
     """One life up to `steps`, or until the stream is dry: then it is stopped, and why it was is the second answer."""
-    life, dry_since, dry = Life(folder, steps), None, None
+    life = Life(folder, steps)
     proof.starts += 1
-    try:
-        while (code := life.ended()) is None:
-            if (status := life.status()) is not None:
-                tell(name, status["step"], steps)
-                dry_since = (dry_since or time.monotonic()) if status["state"] == WAITING else None
-                silent = any(source["unavailable"] for source in status["sources"].values())
-                if dry_since and time.monotonic() - dry_since > (UNAVAILABLE_S if silent else DRY_S):
-                    dry = str(status["reason"])
-                    life.stop()
-            time.sleep(0.02)
-    finally:
-        life.kill()
-    if code:
-        raise life.failed(code)
-    return life, dry
+    return life, to_the_end(life, lambda status: tell(name, status["step"], steps))
 
 
 def _cadence(table: object) -> str:

@@ -1,8 +1,9 @@
 """A run that is watched and killed: real `anytimed run` processes in a folder of their own, one after the other.
 
 In order: `Life` is one process: what it says in status.json, what it was doing (the half-written folders show it),
-its end by itself, by SIGTERM or by SIGKILL. `moments` draws when to kill, over the whole of a life: while it starts,
-between steps, while a commit or an export is written. `await_moment` waits for one of them.
+its end by itself, by SIGTERM or by SIGKILL; `to_the_end` waits for one that nobody kills. `moments` draws when to kill,
+over the whole of a life: while it starts, between steps, while a commit or an export is written. `await_moment` waits
+for one of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +27,8 @@ POLL_S = 0.0005
 """A tiny commit is written in a few milliseconds."""
 
 WAITING = "waiting for data"
+DRY_S, UNAVAILABLE_S = 1.0, 60.0
+"""How long a run waits for data before the stream counts as dry: all of it is read; a source does not answer."""
 OF_THE_MANAGER = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM")
 """What a service manager told us is not for our children."""
 
@@ -107,6 +111,27 @@ def committed_step(folder: Path) -> int:
         names = [entry.name for entry in os.scandir(folder / "run" / "commits") if not entry.name.startswith(".")]
         return int(max(names).rpartition("-")[2]) if names else 0
     return 0
+
+
+def to_the_end(life: Life, tell: Callable[[Json], None]) -> str | None:
+    """Wait until it ends by itself; None then. Where its stream runs dry before, it is stopped, and why it was dry is
+    the answer. tell: gets every status. Raises what `Life.failed` makes of an end with an error."""
+    dry_since, dry = None, None
+    try:
+        while (code := life.ended()) is None:
+            if (status := life.status()) is not None:
+                tell(status)
+                dry_since = (dry_since or time.monotonic()) if status["state"] == WAITING else None
+                silent = any(source["unavailable"] for source in status["sources"].values())
+                if dry_since and time.monotonic() - dry_since > (UNAVAILABLE_S if silent else DRY_S):
+                    dry = str(status["reason"])
+                    life.stop()
+            time.sleep(0.02)
+    finally:
+        life.kill()
+    if code:
+        raise life.failed(code)
+    return dry
 
 
 # --- when to kill -----------------------------------------------------------------------------------------------------
