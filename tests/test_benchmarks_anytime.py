@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Muon
 
 from anytimed.config import Config
 from anytimed.optim import SFNorMuon, param_groups
@@ -208,6 +209,32 @@ def test_normuon_is_the_published_rule_without_any_averaging() -> None:
         w = w - eta * 0.1 * w - 0.2 * eta * (24 * 16) ** 0.5 / scaled.norm() * scaled
         # Newton-Schulz may run in bfloat16: a direction is then right to a percent, and an element moves by 0.2 eta.
         assert (weight.double() - w).norm() < 0.03 * 0.2 * 0.02 * (24 * 16) ** 0.5 * step
+    assert torch.equal(optimizer.averaged()[weight], weight)
+
+
+def test_muon_is_torchs() -> None:
+    """AMUSE with a memory of one step against torch.optim.Muon, whose Newton-Schulz is in bfloat16."""
+    rivals = importlib.import_module("horizons.rivals")
+    told = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "horizon": 12, "warmup_steps": 3, "mu": 0.95}
+    settings = rivals.MuonWSD.Settings(lr=0.02, aux_lr=1e-30, **told)
+    model = _model()
+    names = {name: "other" for name, _ in model.named_parameters()} | {"1.weight": "matrix"}
+    optimizer = rivals.MuonWSD(settings).build(model.named_parameters(), names)
+    weight = model.get_parameter("1.weight")
+    w = weight.detach().clone()
+    theirs = Muon([w], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    torch.manual_seed(2)
+    way = 0.0
+    for step in range(1, 13):
+        before, g = weight.detach().clone(), torch.randn(24, 16)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        weight.grad, w.grad = g.clone(), g.clone()
+        theirs.param_groups[0]["lr"] = 0.02 * rivals.stable_then_decay(step, 12, 3)
+        theirs.step()
+        optimizer.step(gate=torch.tensor(True))
+        way += float((weight - before).detach().norm())
+        assert (weight - w).norm() < 0.02 * way
     assert torch.equal(optimizer.averaged()[weight], weight)
 
 
