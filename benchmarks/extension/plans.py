@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from horizons.plans import NEVER, ONE_CONFIGURATION, RIVALS, data, llama
+from horizons.plans import NEVER, PILOT, RIVALS, data, llama
 
 from anytimed.contracts import Json
 from extension.scales import Scale
 
-OPTIMIZERS: Final = {kind: {**ONE_CONFIGURATION[kind], "weight_decay": 0.1} for kind in ("sf_normuon", "amuse")}
+OPTIMIZERS: Final = {kind: {**PILOT[kind], "weight_decay": 0.1} for kind in ("sf_normuon", "amuse")}
 TEXTS: Final = ("python", "headers")
 """The old text and the new one; every run is measured on both."""
 CHANGES: Final[dict[str, tuple[str, ...]]] = {

@@ -13,12 +13,18 @@ from typing import Any, Final
 
 from anytimed.contracts import Json
 
-ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
+PILOT: Final[dict[str, dict[str, Any]]] = {
     "sf_normuon": {"type": "sf_normuon", "lr": 0.04, "aux_lr": 0.02, "beta": 0.9, "mu": 0.8},
     "amuse": {"type": "amuse", "lr": 0.02, "aux_lr": 0.01, "beta1": 0.6, "mu": 0.8, "rho": 0.4},
+}
+"""A pilot's numbers, the same at every horizon: `sensitivity.py` varies them, and `extend.py` trains with them."""
+
+ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
+    "sf_normuon": {**PILOT["sf_normuon"], "beta": 0.8, "mu": 0.6},
+    "amuse": PILOT["amuse"],
     "sf_adamw": {"type": "sf_adamw", "lr": 0.006, "beta": 0.9},
 }
-"""The same at every horizon."""
+"""The same at every horizon; what follows from the sensitivity of the pilot's at T and 4T."""
 
 ON_A_GPU: Final[dict[str, dict[str, Any]]] = {
     "sf_normuon": {"type": "sf_normuon", "lr": 0.01, "aux_lr": 0.005, "beta": 0.9, "mu": 0.8},
@@ -56,6 +62,7 @@ RIVALS: Final[dict[str, Rival]] = {
     "adamw": Rival("AdamWCosine", 0.004, matrices=False),
     "normuon": Rival("NorMuonCosine", 0.02, matrices=True, numbers={"mu": 0.95}),
     "normuon, mu 0.8": Rival("NorMuonCosine", 0.02, matrices=True, numbers={"mu": 0.8}),
+    "normuon, mu 0.6": Rival("NorMuonCosine", 0.02, matrices=True, numbers={"mu": 0.6}),
     "muon_wsd": Rival("MuonWSD", 0.02, matrices=True, numbers={"mu": 0.95}),
 }
 
@@ -136,8 +143,17 @@ class Run:
 
 def one_run(kind: str, scale: Scale, seed: int) -> Run:
     """The run of a schedule-free optimizer to the longest horizon."""
-    optimizer = {**scale.configuration[kind], "weight_decay": 0.1, "warmup_steps": scale.warmup}
-    return Run(f"{kind}@{seed}", optimizer, scale.horizons[-1], seed, scale.marks())
+    return _to_the_end(f"{kind}@{seed}", scale.configuration[kind], scale, seed)
+
+
+def pilot_run(kind: str, scale: Scale, seed: int) -> Run:
+    """The same with the pilot's numbers."""
+    return _to_the_end(f"{kind}, pilot@{seed}", PILOT[kind], scale, seed)
+
+
+def _to_the_end(name: str, numbers: Mapping[str, Any], scale: Scale, seed: int) -> Run:
+    optimizer = {**numbers, "weight_decay": 0.1, "warmup_steps": scale.warmup}
+    return Run(name, optimizer, scale.horizons[-1], seed, scale.marks())
 
 
 def rival_run(kind: str, horizon: int, lr: float, scale: Scale, seed: int) -> Run:

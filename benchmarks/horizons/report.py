@@ -18,6 +18,7 @@ NAMES: Final = {
     "adamw": "AdamW + cosine, tuned",
     "normuon": "NorMuon + cosine, tuned",
     "normuon, mu 0.8": "NorMuon (mu 0.8) + cosine, tuned",
+    "normuon, mu 0.6": "NorMuon (mu 0.6) + cosine, tuned",
     "muon_wsd": "Muon + warmup-stable-decay, tuned",
 }
 
