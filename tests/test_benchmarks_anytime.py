@@ -180,15 +180,20 @@ def test_a_rival_without_matrices_is_torchs_own_adamw() -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+def _over_one_matrix(kind: str) -> tuple[Any, nn.Module, Any, nn.Parameter]:
+    """`rivals`, a model, the rival over it at lr 0.02 for 12 steps, 3 of warm-up, and the one weight that moves."""
+    rivals = importlib.import_module("horizons.rivals")
+    recipe, model = getattr(rivals, kind), _model()
+    told = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "horizon": 12, "warmup_steps": 3, "mu": 0.95}
+    settings = recipe.Settings(lr=0.02, aux_lr=1e-30, **told)
+    names = {name: "other" for name, _ in model.named_parameters()} | {"1.weight": "matrix"}
+    optimizer = recipe(settings).build(model.named_parameters(), names)
+    return rivals, model, optimizer, model.get_parameter("1.weight")
+
+
 def test_normuon_is_the_published_rule_without_any_averaging() -> None:
     """Against a plain loop in float64 with torch's own Newton-Schulz coefficients; the auxiliaries stand still."""
-    rivals = importlib.import_module("horizons.rivals")
-    told = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "horizon": 12, "warmup_steps": 3, "mu": 0.95}
-    settings = rivals.NorMuonCosine.Settings(lr=0.02, aux_lr=1e-30, **told)
-    model = _model()
-    names = {name: "other" for name, _ in model.named_parameters()} | {"1.weight": "matrix"}
-    optimizer = rivals.NorMuonCosine(settings).build(model.named_parameters(), names)
-    weight = model.get_parameter("1.weight")
+    rivals, model, optimizer, weight = _over_one_matrix("NorMuonCosine")
     w, momentum, v = weight.detach().double().clone(), torch.zeros(24, 16).double(), torch.zeros(24, 1).double()
     torch.manual_seed(2)
     for step in range(1, 13):
@@ -214,13 +219,7 @@ def test_normuon_is_the_published_rule_without_any_averaging() -> None:
 
 def test_muon_is_torchs() -> None:
     """AMUSE with a memory of one step against torch.optim.Muon, whose Newton-Schulz is in bfloat16."""
-    rivals = importlib.import_module("horizons.rivals")
-    told = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "horizon": 12, "warmup_steps": 3, "mu": 0.95}
-    settings = rivals.MuonWSD.Settings(lr=0.02, aux_lr=1e-30, **told)
-    model = _model()
-    names = {name: "other" for name, _ in model.named_parameters()} | {"1.weight": "matrix"}
-    optimizer = rivals.MuonWSD(settings).build(model.named_parameters(), names)
-    weight = model.get_parameter("1.weight")
+    rivals, model, optimizer, weight = _over_one_matrix("MuonWSD")
     w = weight.detach().clone()
     theirs = Muon([w], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     torch.manual_seed(2)

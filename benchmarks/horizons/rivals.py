@@ -7,9 +7,8 @@
 
 They are not ours, and only the benchmark has them. AdamW is torch's own. NorMuon is `SFNorMuon`, and Muon is `AMUSE`,
 with a memory of one step, so that x = y = z: then rule, kernels and roles are those of the runs they are compared with,
-and averaging is all that differs. (torch's Muon, which
-a test compares, always iterates in bfloat16: on a processor without that a step of the model here takes 0.55 s with it,
-0.1 s with this.)
+and averaging is all that differs. (A test compares it with torch's Muon, which always iterates in bfloat16: a step of
+the model here takes that 0.55 s on a processor without such instructions, and this 0.1 s.)
 
 Each is a recipe that the daemon builds from a table, `type = "horizons.rivals:AdamWCosine"`, and a learner trains with
 it as with any other; there is no x beside the weights, so averaged and fast iterate are the weights.
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
@@ -174,16 +174,14 @@ WITHOUT_MEMORY: Final[dict[str, Any]] = {
 """x is z, and the schedule is all that moves the learning rate."""
 
 
-def _normuon(told: _MatrixSettings, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
-    numbers = {"lr": told.lr, "mu": told.mu, "weight_decay": told.weight_decay}
-    spectral = SFNorMuon(matrices, beta=0.0, **numbers, **WITHOUT_MEMORY)
-    return [spectral, _adamw(told, others, told.aux_lr)]
+def _spectral(made: Callable[..., Optimizer]) -> Callable[..., list[Optimizer]]:
+    """The parts of a rival whose hidden matrices go by `made`, at z, and whose other parameters by AdamW."""
 
+    def parts(told: _MatrixSettings, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
+        numbers = {"lr": told.lr, "mu": told.mu, "weight_decay": told.weight_decay}
+        return [made(matrices, **numbers, **WITHOUT_MEMORY), _adamw(told, others, told.aux_lr)]
 
-def _muon(told: _MatrixSettings, matrices: list[dict[str, Any]], others: list[Tensor]) -> list[Optimizer]:
-    numbers = {"lr": told.lr, "mu": told.mu, "weight_decay": told.weight_decay}
-    spectral = AMUSE(matrices, beta1=0.0, rho=0.0, **numbers, **WITHOUT_MEMORY)
-    return [spectral, _adamw(told, others, told.aux_lr)]
+    return parts
 
 
 class AdamWCosine(_Rival):
@@ -193,10 +191,10 @@ class AdamWCosine(_Rival):
 
 class NorMuonCosine(_Rival):
     Settings = _MatrixSettings
-    parts = staticmethod(_normuon)
+    parts = staticmethod(_spectral(partial(SFNorMuon, beta=0.0)))
 
 
 class MuonWSD(_Rival):
     Settings = _MatrixSettings
     shape = staticmethod(stable_then_decay)
-    parts = staticmethod(_muon)
+    parts = staticmethod(_spectral(partial(AMUSE, beta1=0.0, rho=0.0)))

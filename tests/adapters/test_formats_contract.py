@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 
-from anytimed.contracts import Record, Stream
+from anytimed.contracts import Record, Refused, Stream
 from anytimed.testing.streams import Items, StreamContract
 from tests.adapters.formats import BIN, FORMATS, JSONL, NPY, PARQUET, TAR, Format, text_of, write_again
 from tests.faults.servers import BUCKET, Server, moto
@@ -183,6 +183,19 @@ class Remote(FormatContract):
     def get(self, folder: Path, name: str) -> bytes:
         found: bytes = self.fs.cat_file(f"{self.base(folder)}/{name}")
         return found
+
+    @pytest.mark.parametrize("left", [0, 1])
+    def test_an_object_that_shrank_is_refused_and_not_waited_for(self, tmp_path: Path, left: int) -> None:
+        """The store answers 416 to a range that begins behind its end."""
+        stream = self.stream(tmp_path)
+        self.write(tmp_path, "a", ["one", "two", "three"])
+        found = stream.discover()
+        stream.adopt(found)
+        place = next(iter(stream.read(None)))[1]
+        first = self.files(tmp_path, "a")[0]
+        self.put_again(tmp_path, first, self.get(tmp_path, first)[:left])
+        with pytest.raises(Refused, match="--fresh"):
+            list(self.adopted(tmp_path, found).read(place))
 
 
 class TestParquetInBucket(Remote, TestParquet):
