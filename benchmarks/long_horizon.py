@@ -1,7 +1,8 @@
 """A long horizon: weight decay at z, as the paper of SF-NorMuon has it, against decay at y, and none.
 
 A smaller model than that of `anytime.py` (0.14 M parameters) takes 5,000 steps, twenty times T, with the same
-configuration. Told are the loss of x, y and z on unseen text, the norms of weights and of z, and how far a step moves.
+configuration, and once with beta 0.9 in it. Told are the loss of x, y and z on unseen text, the norms of weights and of
+z, and how far a step moves.
 
     .venv/bin/python benchmarks/long_horizon.py            half an hour on two cores; finished runs are kept
     .venv/bin/python benchmarks/long_horizon.py --report   the table from the JSON; trains nothing
@@ -23,7 +24,9 @@ WAYS: Final = {
     "at z": {"type": "sf_normuon", "weight_decay": 0.1},
     "at y": {"type": "horizons.decay:SFNorMuonDecayAtY", "weight_decay": 0.1},
     "none": {"type": "sf_normuon", "weight_decay": 0.0},
+    "at z, beta 0.9": {"type": "sf_normuon", "weight_decay": 0.1, "beta": 0.9},
 }
+"""The last: whether what the sensitivity found for beta up to 4T holds much later."""
 FIGURES: Final = ("x", "y", "z", "spectral_weight_norm", "z_norm", "zx_distance", "spectral_update_rms")
 
 

@@ -21,7 +21,7 @@ PILOT: Final[dict[str, dict[str, Any]]] = {
 
 ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
     "sf_normuon": {**PILOT["sf_normuon"], "beta": 0.8, "mu": 0.6},
-    "amuse": PILOT["amuse"],
+    "amuse": {**PILOT["amuse"], "mu": 0.7, "rho": 0.2},
     "sf_adamw": {"type": "sf_adamw", "lr": 0.006, "beta": 0.9},
 }
 """The same at every horizon; what follows from the sensitivity of the pilot's at T and 4T."""
