@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from horizons import command, picture, report
-from horizons.plans import FULL, GPU, QUICK, RIVALS, Scale, one_run, rival_run
+from horizons.plans import FAMILIES, FULL, GPU, QUICK, RIVALS, Scale, one_run, rival_run
 from horizons.trainer import Trainer, last
 from horizons.tuning import best_of, tuned
 
@@ -34,18 +34,27 @@ from anytimed.contracts import Json
 
 def measured(trainer: Trainer) -> Json:
     """Train everything. `one`: what each one run saw, by seed; `rivals`: by kind and horizon the learning rates that
-    were tried (first seed), and the best one's losses by seed."""
+    were tried (first seed), and the best one's losses, by seed for the best of those that decide."""
     scale = trainer.scale
     seeds = range(1, scale.seeds + 1)
 
-    def rival(kind: str, horizon: int) -> Json:
+    def tried(kind: str, horizon: int) -> dict[float, float | None]:
         def losses(rates: Sequence[float]) -> list[float | None]:
             return [last(f) for f in trainer.all_of([rival_run(kind, horizon, lr, scale, 1) for lr in rates])]
 
-        tried = tuned(RIVALS[kind].centre, losses)
-        best = best_of(tried)
-        ends = [last(f) for f in trainer.all_of([rival_run(kind, horizon, best, scale, seed) for seed in seeds])]
-        return {"tried": {f"{lr:g}": loss for lr, loss in tried.items()}, "lr": best, "losses": ends}
+        return tuned(RIVALS[kind].centre, losses)
+
+    def family(kinds: Sequence[str], horizon: int) -> dict[str, Json]:
+        found = {kind: tried(kind, horizon) for kind in kinds}
+        rates = {kind: best_of(by_rate) for kind, by_rate in found.items()}
+        ahead = best_of({kind: found[kind][rates[kind]] for kind in kinds})
+        told: dict[str, Json] = {}
+        for kind, lr in rates.items():
+            more = seeds if kind == ahead and RIVALS[kind].decides else seeds[:1]
+            ends = trainer.all_of([rival_run(kind, horizon, lr, scale, seed) for seed in more])
+            by_rate = {f"{rate:g}": loss for rate, loss in found[kind].items()}
+            told[kind] = {"tried": by_rate, "lr": lr, "losses": [last(f) for f in ends]}
+        return told
 
     def one(kind: str) -> list[Json]:
         found = trainer.all_of([one_run(kind, scale, seed) for seed in seeds])
@@ -54,10 +63,14 @@ def measured(trainer: Trainer) -> Json:
     horizons = sorted(scale.horizons, reverse=True)  # the longest first: nothing waits for one at the end
     with ThreadPoolExecutor(64) as asking:
         ones = {kind: asking.submit(one, kind) for kind in scale.configuration}
-        rivals = {(kind, h): asking.submit(rival, kind, h) for h in horizons for kind in RIVALS}
+        rivals = {(name, h): asking.submit(family, kinds, h) for h in horizons for name, kinds in FAMILIES.items()}
         return {
             "one": {kind: asked.result() for kind, asked in ones.items()},
-            "rivals": {kind: {str(h): rivals[kind, h].result() for h in scale.horizons} for kind in RIVALS},
+            "rivals": {
+                kind: {str(h): rivals[name, h].result()[kind] for h in scale.horizons}
+                for name, kinds in FAMILIES.items()
+                for kind in kinds
+            },
         }
 
 

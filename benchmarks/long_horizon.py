@@ -4,7 +4,7 @@ A smaller model than that of `anytime.py` (0.14 M parameters) takes 5,000 steps,
 configuration, and once with beta 0.9 in it. Told are the loss of x, y and z on unseen text, the norms of weights and of
 z, and how far a step moves.
 
-    .venv/bin/python benchmarks/long_horizon.py            half an hour on two cores; finished runs are kept
+    .venv/bin/python benchmarks/long_horizon.py            a quarter of an hour on two cores; finished runs are kept
     .venv/bin/python benchmarks/long_horizon.py --report   the table from the JSON; trains nothing
 """
 
@@ -59,7 +59,7 @@ def _mean(runs: list[Json], step: int, figure: str) -> float | None:
 
 
 def table_of(result: Json) -> Table:
-    told = Table("decay", "steps", *FIGURES, title=f"Means over {result['seeds']} seeds; losses in nats per byte")
+    told = Table("decay", "steps", *FIGURES, title=f"Means over seeds ({result['seeds']}); losses in nats per byte")
     for way, by_horizon in result["table"].items():
         for h, figures in by_horizon.items():
             told.add_row(way, h, *("-" if figures[name] is None else f"{figures[name]:.4g}" for name in FIGURES))

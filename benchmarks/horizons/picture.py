@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Final
@@ -57,14 +58,14 @@ def _horizons(result: Json) -> Panel:
 
 
 def best(result: Json, kind: str) -> Json:
-    """By horizon; of NorMuon the better of its momenta."""
-    found: Json = dict(result["rivals"][kind])
-    for other, by_horizon in result["rivals"].items():
-        if other.startswith(f"{kind},"):
-            for h, of in by_horizon.items():
-                if None not in of["losses"] and statistics.fmean(of["losses"]) < statistics.fmean(found[h]["losses"]):
-                    found[h] = of
-    return found
+    """By horizon; of NorMuon's momenta the best, which is among those with the most seeds."""
+    family = [by for name, by in result["rivals"].items() if name.split(",")[0] == kind]
+
+    def judged(of: Json) -> tuple[int, float]:
+        losses = of["losses"]
+        return -len(losses), math.inf if None in losses else statistics.fmean(losses)
+
+    return {h: min((by[h] for by in family), key=judged) for h in family[0]}
 
 
 def _three(result: Json) -> Panel:

@@ -45,11 +45,12 @@ ALLOWED: Final = (
 @dataclass(frozen=True, slots=True)
 class Rival:
     """A scheduled optimizer whose learning rate is tuned for each horizon. centre: where the grid begins; matrices:
-    whether the rest has a learning rate of its own, half of that."""
+    whether the rest has a learning rate of its own, half of that; decides: the one run is judged beside it."""
 
     type: str
     centre: float
     matrices: bool
+    decides: bool = True
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def table(self, lr: float, horizon: int, warmup: int) -> Json:
@@ -63,8 +64,13 @@ RIVALS: Final[dict[str, Rival]] = {
     "normuon": Rival("NorMuonCosine", 0.02, matrices=True, numbers={"mu": 0.95}),
     "normuon, mu 0.8": Rival("NorMuonCosine", 0.02, matrices=True, numbers={"mu": 0.8}),
     "normuon, mu 0.6": Rival("NorMuonCosine", 0.02, matrices=True, numbers={"mu": 0.6}),
-    "muon_wsd": Rival("MuonWSD", 0.02, matrices=True, numbers={"mu": 0.95}),
+    "muon_wsd": Rival("MuonWSD", 0.02, matrices=True, decides=False, numbers={"mu": 0.95}),
 }
+FAMILIES: Final = {
+    name: tuple(kind for kind in RIVALS if kind.split(",")[0] == name) for name in RIVALS if "," not in name
+}
+"""Of several kinds of one optimizer, the best at a horizon is what the one run is judged beside there: that one is
+trained with every seed, the others with the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ class Scale:
 
 
 FULL: Final = Scale("full", 250, (1, 2, 4, 8), 3, 50, 25, 128, 2, 4, 128, 8, 512, 8192, 32_768, 3_200_000)
-LONG: Final = Scale("long", 250, (1, 4, 20), 2, 50, 25, 64, 2, 4, 128, 8, 512, 8192, 32_768, 6_000_000)
+LONG: Final = Scale("long", 250, (1, 4, 20), 1, 50, 25, 64, 2, 4, 128, 8, 512, 8192, 32_768, 6_000_000)
 """A smaller model, to twenty times T."""
 QUICK: Final = Scale("quick", 20, (1, 2), 1, 5, 10, 32, 2, 4, 64, 8, 128, 2048, 4096, 150_000)
 GPU: Final = Scale(

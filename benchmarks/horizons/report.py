@@ -71,8 +71,9 @@ def bars(table: Json, scale: Scale) -> list[Json]:
 
 
 def _behind(one: Json, rivals: Sequence[Json], horizon: str) -> float | None:
-    """Mean minus that of the best of the rivals there."""
-    means = [rival[horizon]["mean"] for rival in rivals]
+    """Mean minus that of the best of the rivals there, which is among those with the most seeds."""
+    seeds = max(rival[horizon]["seeds"] for rival in rivals)
+    means = [rival[horizon]["mean"] for rival in rivals if rival[horizon]["seeds"] == seeds]
     if one[horizon]["mean"] is None or None in means:
         return None
     return round(one[horizon]["mean"] - min(means), 4)

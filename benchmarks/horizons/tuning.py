@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeVar
+
+Of = TypeVar("Of")
 
 MOST: Final = 9
 """Learning rates that are tried before an edge is taken for the best."""
@@ -27,9 +29,9 @@ def tuned(centre: float, losses: Callable[[Sequence[float]], Sequence[float | No
     return {lr: tried[lr] for lr in sorted(tried)}
 
 
-def best_of(tried: dict[float, float | None]) -> float:
-    """The rate of the lowest loss."""
-    return min(tried, key=lambda lr: math.inf if (loss := tried[lr]) is None else loss)
+def best_of(tried: Mapping[Of, float | None]) -> Of:
+    """The rate, or whatever else was tried, of the lowest loss."""
+    return min(tried, key=lambda it: math.inf if (loss := tried[it]) is None else loss)
 
 
 def inside(tried: dict[float, float | None]) -> bool:
