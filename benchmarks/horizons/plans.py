@@ -67,10 +67,13 @@ RIVALS: Final[dict[str, Rival]] = {
     "muon_wsd": Rival("MuonWSD", 0.02, matrices=True, decides=False, numbers={"mu": 0.95}),
 }
 FAMILIES: Final = {
-    name: tuple(kind for kind in RIVALS if kind.split(",")[0] == name) for name in RIVALS if "," not in name
+    "adamw": ("adamw",),
+    "normuon": ("normuon, mu 0.8", "normuon, mu 0.6"),
+    "muon_wsd": ("muon_wsd",),
 }
 """Of several kinds of one optimizer, the best at a horizon is what the one run is judged beside there: that one is
-trained with every seed, the others with the first."""
+trained with every seed, the others with the first. NorMuon's published momentum, 0.95, was 0.07 to 0.18 nats behind
+0.8 at the best rate of every horizon (2T to 8T), 0.05 to 0.37 at others."""
 
 
 @dataclass(frozen=True, slots=True)

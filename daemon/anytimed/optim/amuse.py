@@ -43,7 +43,7 @@ class SpectralScale:
 class AMUSE(ScheduleFree):
     """AMUSE for hidden matrices, Schedule-Free AdamW for the rest.
 
-        optimizer = AMUSE(param_groups(model), lr=0.02, mu=0.8)
+        optimizer = AMUSE(param_groups(model), lr=0.02)
 
     For a hidden matrix W, (m, n), with g the gradient at y:
 
@@ -61,18 +61,22 @@ class AMUSE(ScheduleFree):
 
     Everything else goes by Schedule-Free AdamW (`SFAdamW`) on the same clock.
 
-        argument                the paper's value    what it does
-        lr                      (0.02 in our pilot)  eta: a number, a 0-d tensor or a function of t
-        aux_lr                  lr / 2 (ours)        eta of everything that is not a hidden matrix
-        beta1                   0.6                  where between z (0) and x (1) gradients are taken during warm-up
-        mu                      0.95                 momentum (0.8 was better in our pilot)
-        rho                     0.8 at 124M          0 keeps beta_t at beta1, 1 keeps the averaging window of T0
-        weight_decay            0.05 (ours)          lambda; the auxiliaries' too unless aux_weight_decay is given
-        warmup_steps            2000 (ours)          eta rises over these steps
-        scale                   match_rms            s: "match_rms" 0.2 sqrt(max(m, n)), AdamW's update RMS, as the
-                                                     auxiliaries have here; "spectral" sqrt(max(1, m / n))
-        aux_beta2               0.999 officially     AdamW's second moment; 0.99 in our pilot, the default
-        orthogonal_*                                 as in `SFNorMuon`
+        argument                default     the paper's   what it does
+        lr                      0.02                      eta: a number, a 0-d tensor or a function of t
+        aux_lr                  lr / 2                    eta of everything that is not a hidden matrix
+        beta1                   0.6         0.6           where between z (0) and x (1) gradients are taken in warm-up
+        mu                      0.7         0.95          momentum
+        rho                     0.2         0.8 at 124M   0 keeps beta_t at beta1, 1 keeps the averaging window of T0
+        weight_decay            0.1                       lambda; the auxiliaries' too unless aux_weight_decay is given
+        warmup_steps            2000                      eta rises over these steps
+        scale                   match_rms                 s: "match_rms" 0.2 sqrt(max(m, n)), AdamW's update RMS, as the
+                                                          auxiliaries have here; "spectral" sqrt(max(1, m / n))
+        aux_beta2               0.99        0.999         AdamW's second moment
+        orthogonal_*                                      as in `SFNorMuon`
+
+    One set for every length of the run. The defaults of mu, rho and weight_decay were best after T and after 4T for a
+    byte model of 0.5 M parameters with 1,024 tokens a step (benchmarks/sensitivity.py); there the paper's mu cost 0.16
+    nats at 4T and its rho 0.20, each alone. Its authors' own, for 124 M and 720 M, are in configs/llama-*.toml.
 
     averaging_power, averaging_lr_power, averaging_window_steps, lean, compiled: `ScheduleFree`, common to all three.
 
@@ -88,9 +92,9 @@ class AMUSE(ScheduleFree):
         lr: LearningRate = 0.02,
         aux_lr: LearningRate | None = None,
         beta1: float = 0.6,
-        mu: float = 0.95,
-        rho: float = 0.8,
-        weight_decay: float = 0.05,
+        mu: float = 0.7,
+        rho: float = 0.2,
+        weight_decay: float = 0.1,
         warmup_steps: int = 2000,
         *,
         scale: Literal["match_rms", "spectral"] = "match_rms",

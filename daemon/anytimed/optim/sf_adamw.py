@@ -31,7 +31,7 @@ class SFAdamW(ScheduleFree):
         lr                      0.0025               eta: a number, a 0-d tensor, a function of t, or "polyak"
         beta                    0.9                  where between z (0) and x (1) gradients are taken; its momentum
         beta2                   0.999 (0.99 ours)    second moment
-        weight_decay            0                    lambda (0.05 here, as for the spectral optimizers)
+        weight_decay            0                    lambda (0.05 here)
         eps                     1e-8
         warmup_steps            2000 (ours)          eta rises over these steps
         polyak_lower_bound      0                    l*, what the loss stays above

@@ -33,24 +33,28 @@ class SFNorMuon(ScheduleFree):
 
     Everything else (embeddings, head, norms, biases) goes by Schedule-Free AdamW (`SFAdamW`) on the same clock.
 
-        argument                the paper's value    what it does
-        lr                      0.008 to 0.01        eta: a number, a 0-d tensor or a function of t
-        aux_lr                  lr / 2 (our pilot)   eta of everything that is not a hidden matrix
-        beta                    0.9                  where between z (0) and x (1) gradients are taken
-        mu                      0.8                  momentum; matters most: 0.95 cost 0.13 nats and more in our pilot
-        beta2                   0.95                 memory of v
-        weight_decay            0.05                 lambda; the auxiliaries' too unless aux_weight_decay is given
-        eps                     1e-8
-        warmup_steps            2000                 eta rises over these steps (and the decay with it: ours)
-        aux_beta2               0.99 (our pilot)     AdamW's second moment
-        orthogonal_dtype        by hardware          of the matrix products: bfloat16 where it is quick, else float32
-        orthogonal_coefficients quintic              or "polar_express" (arXiv 2505.16932): closer to orthogonal
-        orthogonal_gram         False                fewer products for long matrices, twice the error in bfloat16
+        argument                default    the paper's    what it does
+        lr                      0.01       0.008 to 0.01  eta: a number, a 0-d tensor or a function of t
+        aux_lr                  lr / 2                    eta of everything that is not a hidden matrix
+        beta                    0.8        0.9            where between z (0) and x (1) gradients are taken
+        mu                      0.6        0.8            momentum; more is worse here: 0.95 cost 0.12 nats
+        beta2                   0.95       0.95           memory of v
+        weight_decay            0.1        0.05           lambda; the auxiliaries' too unless aux_weight_decay is given
+        eps                     1e-8       1e-8
+        warmup_steps            2000       2000           eta rises over these steps (and the decay with it: ours)
+        aux_beta2               0.99                      AdamW's second moment
+        orthogonal_dtype        by hardware               of the matrix products: bfloat16 where quick, else float32
+        orthogonal_coefficients quintic                   or "polar_express" (arXiv 2505.16932): closer to orthogonal
+        orthogonal_gram         False                     fewer products for long matrices, twice the error in bfloat16
+
+    One set for every length of the run. The defaults of beta, mu and weight_decay were best after T and after 4T for a
+    byte model of 0.5 M parameters with 1,024 tokens a step (benchmarks/sensitivity.py): 0.07 nats ahead of the paper's
+    beta and mu at 4T. The paper found its own at 124 M to 772 M parameters; configs/llama-124m.toml has those.
 
     averaging_power, averaging_lr_power, averaging_window_steps, lean, compiled: `ScheduleFree`, common to all three.
 
     State: 14 bytes an element (z 4, x 4, momentum 4, compensation 2) and 4 a row for matrices; 14 an element (v for
-    momentum) elsewhere. When to use: the default. One set of numbers for every length of the run; served at any step.
+    momentum) elsewhere. When to use: the default; served at any step.
 
     Source: arXiv 2605.23061, Algorithm 1; NorMuon, arXiv 2510.05491; Schedule-Free, arXiv 2405.15682.
     """
@@ -62,10 +66,10 @@ class SFNorMuon(ScheduleFree):
         params: Iterable[Any],
         lr: LearningRate = 0.01,
         aux_lr: LearningRate | None = None,
-        beta: float = 0.9,
-        mu: float = 0.8,
+        beta: float = 0.8,
+        mu: float = 0.6,
         beta2: float = 0.95,
-        weight_decay: float = 0.05,
+        weight_decay: float = 0.1,
         eps: float = 1e-8,
         warmup_steps: int = 2000,
         *,

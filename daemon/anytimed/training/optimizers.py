@@ -1,7 +1,7 @@
 """The built-in optimizers as recipes: a table of the configuration in, an optimizer over a module's parameters out.
 
-The defaults are the papers' values, and the same for every horizon. `warmup_steps` is the only length anywhere, and it
-is that of the beginning."""
+The defaults are the optimizers' own, the same for every horizon; whose value each one is, their classes say.
+`warmup_steps` is the only length anywhere, and it is that of the beginning."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class _Settings(BaseModel):
 
 
 class _SpectralSettings(_Settings):
+    weight_decay: float = Field(default=0.1, ge=0, description="lambda, applied at the fast iterate z")
     aux_lr: float | None = Field(
         default=None, gt=0, description="learning rate of embeddings, head and norms (SF-AdamW); default lr / 2"
     )
@@ -85,8 +86,8 @@ class SFNorMuonRecipe(Recipe):
 
     class Settings(_SpectralSettings):
         lr: float = Field(default=0.01, gt=0, description="eta of the hidden matrices")
-        beta: float = Field(default=0.9, ge=0, lt=1, description="y = (1 - beta) z + beta x")
-        mu: float = Field(default=0.8, ge=0, lt=1, description="momentum of the gradient")
+        beta: float = Field(default=0.8, ge=0, lt=1, description="y = (1 - beta) z + beta x")
+        mu: float = Field(default=0.6, ge=0, lt=1, description="momentum of the gradient")
         beta2: float = Field(default=0.95, ge=0, lt=1, description="second moment of the rows")
 
     optimizer = SFNorMuon
@@ -98,8 +99,8 @@ class AMUSERecipe(Recipe):
     class Settings(_SpectralSettings):
         lr: float = Field(default=0.02, gt=0, description="eta of the hidden matrices")
         beta1: float = Field(default=0.6, ge=0, lt=1, description="beta until the warm-up ends")
-        mu: float = Field(default=0.95, ge=0, lt=1, description="Nesterov momentum")
-        rho: float = Field(default=0.8, ge=0, le=1, description="how fast beta rises towards 1 after the warm-up")
+        mu: float = Field(default=0.7, ge=0, lt=1, description="Nesterov momentum")
+        rho: float = Field(default=0.2, ge=0, le=1, description="how fast beta rises towards 1 after the warm-up")
         scale: Literal["match_rms", "spectral"] = Field(
             default="match_rms",
             description="of the update: AdamW's RMS, or sqrt(max(1, m / n)) for SGD-like auxiliaries",
