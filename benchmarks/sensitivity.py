@@ -36,7 +36,12 @@ VARIED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     },
 }
 TOGETHER: Final[dict[str, tuple[Json, ...]]] = {
-    "sf_normuon": ({"beta": 0.8, "mu": 0.7}, {"beta": 0.8, "mu": 0.6}, {"beta": 0.7, "mu": 0.7}),
+    "sf_normuon": (
+        {"beta": 0.8, "mu": 0.7},
+        {"beta": 0.8, "mu": 0.6},
+        {"beta": 0.7, "mu": 0.7},
+        {"beta": 0.8, "mu": 0.6, "lr": 0.02, "aux_lr": 0.01},
+    ),
     "amuse": ({"rho": 0.2, "mu": 0.7}, {"rho": 0.2, "beta1": 0.4}, {"rho": 0.2, "beta1": 0.4, "mu": 0.7}),
 }
 """What was better alone, at once."""

@@ -6,7 +6,7 @@ run has both files; the other, real processes of `anytimed run`, has the first, 
 SIGTERM, finds the second file at its next start and goes on. In the end every tensor of both commits is compared, and
 every number of their states but those that say when the second file was found.
 
-    .venv/bin/python benchmarks/stop_and_extend.py            half an hour on two cores
+    .venv/bin/python benchmarks/stop_and_extend.py            a quarter of an hour on two cores
     .venv/bin/python benchmarks/stop_and_extend.py --quick    a smaller model and some steps
 """
 
@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -165,9 +166,12 @@ def main() -> int:
     scale = QUICK if arguments.quick else FULL
     kinds = [arguments.only] if arguments.only else list(KINDS)
     result: Json = {"scale": scale.name, "machine": machine(), "horizons": list(scale.horizons)}
-    for kind in kinds:
-        result[kind] = measured(kind, scale, (arguments.scratch / scale.name).absolute())
-        found = result[kind]
+    scratch = (arguments.scratch / scale.name).absolute()
+    corpus_of(scale, scratch)
+    with ThreadPoolExecutor() as pool:  # the work is done by processes of their own, one thread each
+        every = dict(zip(kinds, pool.map(lambda kind: measured(kind, scale, scratch), kinds), strict=True))
+    for kind, found in every.items():
+        result[kind] = found
         print(
             f"{kind}: stopped at step {found['stopped_at_step']:,} for want of data, extended, at step "
             f"{found['steps'][1]:,} {'equal, bit for bit' if found['equal'] else 'DIFFERENT'}: "

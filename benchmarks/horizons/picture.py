@@ -34,7 +34,7 @@ def drawn(result: Json) -> str:
 def _horizons(result: Json) -> Panel:
     per_step = result["tokens_per_step"] / 1e6
     lines = [
-        Line(name, colour, _mean(result["one"][kind], "x", per_step), thin)
+        Line(name, colour, _mean(result["one"][kind], "x", per_step, result["horizons"]), thin)
         for kind, (name, colour, thin) in ONE.items()
     ]
     markers = []
@@ -72,7 +72,10 @@ def _three(result: Json) -> Panel:
     per_step = result["tokens_per_step"] / 1e6
     runs = result["one"]["sf_normuon"]
     names = {"x": (("x", "exported"), "one"), "y": (("y", "trained at"), "four"), "z": (("z", "fast"), "two")}
-    lines = [Line(name, colour, _mean(runs, which, per_step)) for which, (name, colour) in names.items()]
+    lines = [
+        Line(name, colour, _mean(runs, which, per_step, result["horizons"])) for which, (name, colour) in names.items()
+    ]
+    every_other = result["horizons"][-1::-2]  # the panel is narrow
     return Panel(
         620,
         866,
@@ -80,18 +83,23 @@ def _three(result: Json) -> Panel:
         "nats a byte on unseen text",
         "million tokens",
         lines,
-        ticks={h * per_step: f"{h * per_step:.3g}" for h in result["horizons"]},
+        ticks={h * per_step: f"{h * per_step:.3g}" for h in every_other},
         log=True,
         floor=_floor([y for line in lines for _, y in line.points]),
     )
 
 
-def _mean(runs: Sequence[Json], which: str, per_step: float) -> list[tuple[float, float]]:
+def _beside(step: int, horizons: Sequence[int]) -> bool:
+    """Whether a horizon, which is measured too, is a few steps away: two points there would only make a notch."""
+    return any(0 < abs(step - h) < 0.05 * h for h in horizons)
+
+
+def _mean(runs: Sequence[Json], which: str, per_step: float, horizons: Sequence[int]) -> list[tuple[float, float]]:
     """Means over seeds, where all of them have one."""
     found = []
     for points in zip(*(run["seen"] for run in runs), strict=True):
         losses = [point[which] for point in points]
-        if None not in losses:
+        if None not in losses and not _beside(points[0]["step"], horizons):
             found.append((points[0]["step"] * per_step, statistics.fmean(losses)))
     return found
 

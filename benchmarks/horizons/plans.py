@@ -20,7 +20,7 @@ PILOT: Final[dict[str, dict[str, Any]]] = {
 """A pilot's numbers, the same at every horizon: `sensitivity.py` varies them, and `extend.py` trains with them."""
 
 ONE_CONFIGURATION: Final[dict[str, dict[str, Any]]] = {
-    "sf_normuon": {**PILOT["sf_normuon"], "beta": 0.8, "mu": 0.6},
+    "sf_normuon": {**PILOT["sf_normuon"], "lr": 0.02, "aux_lr": 0.01, "beta": 0.8, "mu": 0.6},
     "amuse": {**PILOT["amuse"], "mu": 0.7, "rho": 0.2},
     "sf_adamw": {"type": "sf_adamw", "lr": 0.006, "beta": 0.9},
 }
