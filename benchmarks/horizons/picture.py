@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 from drawing import Line, Marker, Panel, page
 
 from anytimed.contracts import Json
+from horizons.report import judged
 
 ENDS: Final = {
     "adamw": ("AdamW + cosine, tuned for each", "two", "square"),
@@ -57,15 +57,10 @@ def _horizons(result: Json) -> Panel:
     )
 
 
-def best(result: Json, kind: str) -> Json:
-    """By horizon; of NorMuon's momenta the best, which is among those with the most seeds."""
-    family = [by for name, by in result["rivals"].items() if name.split(",")[0] == kind]
-
-    def judged(of: Json) -> tuple[int, float]:
-        losses = of["losses"]
-        return -len(losses), math.inf if None in losses else statistics.fmean(losses)
-
-    return {h: min((by[h] for by in family), key=judged) for h in family[0]}
+def best(result: Json, family: str) -> Json:
+    """By horizon, the rival of a family beside which the one run is judged."""
+    table = result["table"]
+    return {str(h): result["rivals"][judged(table, family, str(h))][str(h)] for h in result["horizons"]}
 
 
 def _three(result: Json) -> Panel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from anytimed.contracts import Json
-from horizons.plans import Scale
+from horizons.plans import FAMILIES, Scale
 
 NAMES: Final = {
     "sf_normuon": "SF-NorMuon, one run",
@@ -55,8 +56,7 @@ def bars(table: Json, scale: Scale) -> list[Json]:
     found = []
     for kind in ("sf_normuon", "amuse"):
         for against, most in (("adamw", -AHEAD_NATS), ("normuon", CLOSE_NATS)):
-            rivals = [name for name in table if name.split(",")[0] == against]
-            behind = [_behind(table[kind], [table[name] for name in rivals], str(h)) for h in scale.horizons]
+            behind = [_behind(table, kind, against, str(h)) for h in scale.horizons]
             figure = None if None in behind else max(b for b in behind if b is not None)
             found.append(
                 {
@@ -70,13 +70,20 @@ def bars(table: Json, scale: Scale) -> list[Json]:
     return found
 
 
-def _behind(one: Json, rivals: Sequence[Json], horizon: str) -> float | None:
-    """Mean minus that of the best of the rivals there, which is among those with the most seeds."""
-    seeds = max(rival[horizon]["seeds"] for rival in rivals)
-    means = [rival[horizon]["mean"] for rival in rivals if rival[horizon]["seeds"] == seeds]
-    if one[horizon]["mean"] is None or None in means:
-        return None
-    return round(one[horizon]["mean"] - min(means), 4)
+def judged(table: Json, family: str, horizon: str) -> str:
+    """The kind of a family beside which the one run is judged there: of those with the most seeds the lowest mean."""
+
+    def rank(kind: str) -> tuple[int, float]:
+        found = table[kind][horizon]
+        return -found["seeds"], math.inf if found["mean"] is None else found["mean"]
+
+    return min((kind for kind in FAMILIES[family] if kind in table), key=rank)
+
+
+def _behind(table: Json, one: str, family: str, horizon: str) -> float | None:
+    """Mean minus that of the rival it is judged beside; None where one of them diverged."""
+    means = [table[kind][horizon]["mean"] for kind in (one, judged(table, family, horizon))]
+    return None if None in means else round(means[0] - means[1], 4)
 
 
 def _at(run: Json, step: int) -> float | None:

@@ -68,11 +68,12 @@ def test_compensation_keeps_x_exact_over_a_hundred_thousand_steps() -> None:
     assert error(plain) > 2e-6
 
 
+@pytest.mark.timeout(900)  # 30 to 45 s on a free core
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_x_of_an_optimizer_is_the_mean_of_its_z_over_twenty_thousand_steps(kind: str) -> None:
+def test_x_of_an_optimizer_is_the_mean_of_its_z_over_a_hundred_thousand_steps(kind: str) -> None:
     """With the clock, warm-up weights and, for AMUSE, a beta that moves at every step, which x must not notice; and
     vectors that miss gradients for a tenth of the time. `make longrun` goes on to a million."""
-    readings = list(drive(kind, (1_000, 20_000)))
+    readings = list(drive(kind, (1_000, 10_000, 100_000)))
     print(table(kind, readings))
     for reading in readings:
         for name, off in reading.ours.items():
@@ -80,18 +81,18 @@ def test_x_of_an_optimizer_is_the_mean_of_its_z_over_twenty_thousand_steps(kind:
     # The same z in other hands: so this test can fail.
     others = readings[-1].others
     assert others["x in float32"] > 1e-6
-    assert others["x from y"] > 2e-6
+    assert others["x from y"] > 3e-6
     assert others.get("x from y, new beta", 1.0) > 1e-4
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_lean_x_is_the_mean_of_z_less_exactly(kind: str) -> None:
     """What the documentation of `lean` says; `make longrun` measures it after a million steps."""
-    for reading in drive(kind, (1_000, 4_000), lean=True):
+    for reading in drive(kind, (1_000, 10_000), lean=True):
         for name, off in reading.ours.items():
-            # At random, six roundings of 2e-8 a step would come to sqrt(6 t / 3) * 2e-8 / 0.9 = 1e-6 and 2e-6; those
-            # that prefer a side add up to 1e-8 t / 2 (found: 1.5e-6 after 1,000 steps, 1.9e-5 after 10,000).
-            assert off < 5e-9 * reading.steps, (name, reading.steps)
+            # At random, six roundings of 2e-8 a step would come to sqrt(6 t / 3) * 2e-8 / 0.9 = 1e-6 and 3e-6; those
+            # that prefer a side add up to 1e-8 t / 2 = 5e-6 and 5e-5 (found: 1.5e-6 and 1.9e-5).
+            assert off < (5e-6 if reading.steps == 1_000 else 5e-5), (name, reading.steps)
 
 
 @pytest.mark.parametrize("beta", [0.9, 0.97, 0.99])

@@ -74,9 +74,9 @@ class AMUSE(ScheduleFree):
         aux_beta2               0.99        0.999         AdamW's second moment
         orthogonal_*                                      as in `SFNorMuon`
 
-    One set for every length of the run. The defaults of mu, rho and weight_decay were best after T and after 4T for a
-    byte model of 0.5 M parameters with 1,024 tokens a step (benchmarks/sensitivity.py); there the paper's mu cost 0.16
-    nats at 4T and its rho 0.20, each alone. Its authors' own, for 124 M and 720 M, are in configs/llama-*.toml.
+    One set for every length of the run. The defaults of mu and rho are ours, chosen for 250 and 1,000 steps together of
+    a byte model of 0.5 M parameters, 1,024 tokens a step (benchmarks/sensitivity.py); the paper's mu cost 0.16 nats
+    after 1,000 and its rho 0.20, each alone. Its authors' own, for 124 M and 720 M, are in configs/llama-*.toml.
 
     averaging_power, averaging_lr_power, averaging_window_steps, lean, compiled: `ScheduleFree`, common to all three.
 
