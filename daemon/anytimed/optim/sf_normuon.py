@@ -50,7 +50,8 @@ class SFNorMuon(ScheduleFree):
     One set for every length of the run. The defaults of beta and mu are ours: 0.07 nats ahead of the paper's after
     1,000 steps of a byte model of 0.5 M parameters, 1,024 tokens a step (benchmarks/sensitivity.py); decay 0.05 was
     0.05 behind 0.1 there. With five times the steps, one seed and a smaller model beta 0.9 was 0.015 and no decay 0.04
-    ahead (benchmarks/long_horizon.py). The paper found its own at 124 M to 772 M parameters; configs/llama-124m.toml has those.
+    ahead (benchmarks/long_horizon.py). The paper found its own at 124 M to 772 M parameters; configs/llama-124m.toml
+    has those.
 
     averaging_power, averaging_lr_power, averaging_window_steps, lean, compiled: `ScheduleFree`, common to all three.
 
