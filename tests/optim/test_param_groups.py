@@ -110,7 +110,7 @@ def test_errors_name_the_parameter(changed: dict[str, str | None], message: str)
     ],
 )
 def test_a_group_that_cannot_be_is_refused_and_leaves_no_trace(group: dict[str, object], message: str) -> None:
-    optimizer = SFNorMuon(param_groups(Tied().named_parameters(), ROLES))
+    optimizer = SFNorMuon(param_groups(Tied().named_parameters(), ROLES), beta=0.9)
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 2

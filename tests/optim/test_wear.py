@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from anytimed.optim import ScheduleFree, SFNorMuon
 
-LR, AUX_LR, DECAY = 0.01, 0.005, 0.05  # as published, and lr / 2 for the auxiliaries
+LR, AUX_LR, BETA, MU, DECAY = 0.01, 0.005, 0.9, 0.8, 0.05  # as published, and lr / 2 for the auxiliaries
 SPECTRAL, ADAMW = "spectral", "adamw"
 STEP = {SPECTRAL: 0.2 * LR * 3.0, ADAMW: AUX_LR}  # u sqrt(S)
 RATE = {SPECTRAL: LR * DECAY, ADAMW: AUX_LR * DECAY}
@@ -42,6 +42,8 @@ def noise(steps: int, every: int, decay: float) -> Iterator[tuple[int, ScheduleF
         [{"rule": rule, "params": [p]} for rule, p in params.items()],
         lr=LR,
         aux_lr=AUX_LR,
+        beta=BETA,
+        mu=MU,
         weight_decay=decay,
         warmup_steps=1,
         orthogonal_dtype="float32",
