@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from anytimed.optim import AMUSE, SFAdamW, SFNorMuon
+from tests.optim.cases import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,13 +39,13 @@ def test_a_plain_loop_takes_the_steps_of_ours(which: str, shapes: ModuleType) ->
     ours = theirs.copy()
     start = {name: p.detach().clone() for name, p in ours.named.items()}
     # A warm-up that ends on the way, so that AMUSE's beta moves too.
-    pairs: dict[str, Any] = {
-        "sf_normuon": (SFNorMuon, lambda w: PlainSFNorMuon(w.matrices, w.others, warmup_steps=3)),
-        "amuse": (AMUSE, lambda w: PlainAMUSE(w.matrices, w.others, warmup_steps=3)),
-        "sf_adamw": (SFAdamW, lambda w: PlainSFAdamW(w.named.values(), warmup_steps=3)),
+    loops: dict[str, Any] = {
+        "sf_normuon": lambda w: PlainSFNorMuon(w.matrices, w.others, warmup_steps=3),
+        "amuse": lambda w: PlainAMUSE(w.matrices, w.others, warmup_steps=3),
+        "sf_adamw": lambda w: PlainSFAdamW(w.named.values(), warmup_steps=3),
     }
-    optimizer = pairs[which][0](ours.groups(), warmup_steps=3)
-    loop = pairs[which][1](theirs)
+    optimizer = OPTIMIZERS[which](ours.groups(), warmup_steps=3)
+    loop = loops[which](theirs)
     torch.manual_seed(1)
     for _ in range(6):
         for name, p in ours.named.items():
