@@ -111,7 +111,7 @@ def consumer() -> dict[str, Any]:
         until(lambda: (folder / "current").readlink().name != first, "the next checkpoint")
         until(lambda: len((folder / "changes").read_text().splitlines()) >= 2, "the command after it")
         served = until(
-            lambda: (lines := [one["text"] for one in journal("-u", "serve", "_COMM=readlink")])[1:] and lines,
+            lambda: len(set(lines := [one["text"] for one in journal("-u", "serve", "_COMM=readlink")])) > 1 and lines,
             "a restart",
         )
         return {
@@ -119,8 +119,9 @@ def consumer() -> dict[str, Any]:
             "unit": unit,
             "first": first,
             "exported": exported,
-            "changes": (folder / "changes").read_text().splitlines(),
             "served": served,
+            "newest": (folder / "current").readlink().name,
+            "changes": (folder / "changes").read_text().splitlines(),
             "read": [one["text"] for one in journal("-u", "serve", "_COMM=wc")],
             "owner": (folder / "current").resolve().owner(),
             "removed": anytimed("uninstall-service", "up", "--pull", "--purge", "--yes"),
