@@ -9,9 +9,11 @@ stand, for each of these horizons, AdamW and NorMuon under a cosine and Muon und
     .venv/bin/python benchmarks/anytime.py            under two hours on two cores; finished runs are kept
     .venv/bin/python benchmarks/anytime.py --quick    a smaller model, two horizons of some steps: does it work at all?
     .venv/bin/python benchmarks/anytime.py --report   table and picture from the JSON; trains nothing
-    .venv/bin/python benchmarks/anytime.py --gpu --texts '/data/**/*.txt' --multiples 1,2 --json gpu.json
-                                                      27.5 M parameters, T = 550 M tokens of your own text, one seed; a
-                                                      T needs 660 MB of it. Adds tokens/s, and MFU with --peak-tflops
+    .venv/bin/python benchmarks/anytime.py --gpu --texts '/data/**/*.txt' --minutes 60
+                                                      20.7 M parameters on CUDA, 500 MB of your own text, one seed: as
+                                                      many of the runs as end in time (`horizons/larger.py`), to 8 T =
+                                                      414 M tokens, twenty a parameter (--multiples 8,16,32,64 for one
+                                                      to eight times that). Adds tokens/s, and MFU with --peak-tflops
 
 Every run is a process of its own, one thread each (with --quick they share one). What was seen in it is kept under
 .anytimed/anytime/ and taken from there where run, texts, torch and Python are the same. Needs no network.
@@ -21,11 +23,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from horizons import command, picture, report
-from horizons.plans import FAMILIES, FULL, GPU, QUICK, RIVALS, Scale, one_run, rival_run
+from horizons import command, larger, picture, report
+from horizons.plans import FAMILIES, FULL, GPU, ONE_CONFIGURATION, QUICK, RIVALS, Scale, one_run, rival_run
 from horizons.trainer import Trainer, last
 from horizons.tuning import best_of, tuned
 
@@ -62,7 +64,7 @@ def measured(trainer: Trainer) -> Json:
 
     horizons = sorted(scale.horizons, reverse=True)  # the longest first: nothing waits for one at the end
     with ThreadPoolExecutor(64) as asking:
-        ones = {kind: asking.submit(one, kind) for kind in scale.configuration}
+        ones = {kind: asking.submit(one, kind) for kind in ONE_CONFIGURATION}
         rivals = {(name, h): asking.submit(family, kinds, h) for h in horizons for name, kinds in FAMILIES.items()}
         return {
             "one": {kind: asked.result() for kind, asked in ones.items()},
@@ -74,12 +76,12 @@ def measured(trainer: Trainer) -> Json:
         }
 
 
-def speed_of(trainer: Trainer, peak_tflops: float | None) -> Json:
+def speed_of(trainer: Trainer, kinds: Iterable[str], peak_tflops: float | None) -> Json:
     """Tokens a second of the one runs, and how much of the device's peak that is: 6 N + 12 L d c operations a token,
     with N parameters, L layers of width d, and c tokens of context (PaLM, arXiv 2204.02311, appendix B)."""
     scale = trainer.scale
     found: Json = {}
-    for kind in scale.configuration:
+    for kind in kinds:
         run = trainer.found[f"{kind}@1"]
         found[kind] = {"tokens_per_s": run["tokens_per_s"]}
         if peak_tflops and run["tokens_per_s"]:
@@ -88,12 +90,12 @@ def speed_of(trainer: Trainer, peak_tflops: float | None) -> Json:
     return found
 
 
-def told(trainer: Trainer, peak_tflops: float | None) -> Json:
+def told(trainer: Trainer, minutes: float | None, peak_tflops: float | None) -> Json:
     scale = trainer.scale
-    found = measured(trainer)
+    found = larger.measured(trainer, minutes) if scale.gpu else measured(trainer)
     return {
-        "one_configuration": {kind: one_run(kind, scale, 1).optimizer for kind in scale.configuration},
-        "speed": speed_of(trainer, peak_tflops),
+        "one_configuration": {kind: one_run(kind, scale, 1).optimizer for kind in found["one"]},
+        "speed": speed_of(trainer, found["one"], peak_tflops),
         "table": (table := report.table_of(found, scale)),
         "bars": report.bars(table, scale),
         **found,
@@ -103,7 +105,8 @@ def told(trainer: Trainer, peak_tflops: float | None) -> Json:
 def parsed() -> argparse.Namespace:
     parser = command.parser(__doc__, "anytime")
     parser.add_argument("--quick", action="store_true", help="a smaller model, two short horizons: whether it works")
-    parser.add_argument("--gpu", action="store_true", help="27.5 M parameters on CUDA, on your own --texts")
+    parser.add_argument("--gpu", action="store_true", help="20.7 M parameters on CUDA, on your own --texts")
+    parser.add_argument("--minutes", type=float, help="with --gpu: leave out runs that would not end within these")
     parser.add_argument("--texts", help="a glob of text files to train and measure on, instead of Python's library")
     parser.add_argument("--multiples", type=multiples, help="horizons, in T: 1,2,4,8")
     parser.add_argument("--peak-tflops", type=float, help="of the device in the precision that is used; for the MFU")
@@ -111,6 +114,8 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.gpu:
         arguments.jobs = 1
+        if arguments.json == parser.get_default("json"):
+            arguments.json = arguments.json.with_name("anytime_gpu.json")
         if not (arguments.texts or arguments.report):
             parser.error("--gpu: give --texts as well; Python's library is too small for it")
     return arguments
@@ -135,7 +140,7 @@ def main() -> int:
     result = command.result_of(
         arguments,
         scale,
-        lambda trainer: told(trainer, arguments.peak_tflops),
+        lambda trainer: told(trainer, arguments.minutes, arguments.peak_tflops),
         here=arguments.quick,
         texts=arguments.texts,
     )

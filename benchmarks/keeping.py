@@ -68,7 +68,8 @@ def alone(command: Sequence[str], name: str, *, one_thread: bool = True) -> None
 
 def machine() -> Json:
     """What a result tells of where it was measured."""
-    return {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"cores": os.cpu_count(), **gpu, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def text_of(result: Json) -> str:

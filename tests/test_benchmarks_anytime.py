@@ -318,10 +318,12 @@ def test_each_place_of_the_decay_is_trained_through_the_daemon(tmp_path: Path) -
 def test_the_larger_model_reads_texts_of_ones_own(tmp_path: Path) -> None:
     plans, texts = importlib.import_module("horizons.plans"), importlib.import_module("horizons.texts")
     scale = plans.GPU.to((1, 2))
-    assert (scale.horizons, scale.stream_bytes) == ((4200, 8400), round(1.2 * 8400 * 131_072))
+    assert (scale.horizons, scale.stream_bytes) == ((790, 1580), round(1.2 * 1580 * 65_536))
     config = Config.model_validate(plans.tables(plans.one_run("amuse", scale, 1), scale, "texts", "folder"))
     found = footprint(parts_of(config), "cuda", "bfloat16")
-    assert 27e6 < found.parameters < 28e6
+    assert 20e6 < found.parameters < 21e6
+    assert plans.GPU.horizons[-1] * plans.GPU.tokens == pytest.approx(20 * found.parameters, rel=0.01)
+    assert plans.GPU.stream_bytes > 1.2 * plans.GPU.horizons[-1] * plans.GPU.tokens
 
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for number in range(40):
@@ -340,6 +342,52 @@ def test_the_larger_model_reads_texts_of_ones_own(tmp_path: Path) -> None:
     assert not of_files & held
     with pytest.raises(SystemExit, match=r"found .* bytes of text in 41 files, expected 1,000,000,000"):
         texts.own_texts(pattern, tmp_path / "out", stream_bytes=10**9, probe_bytes=3000)
+
+
+@pytest.mark.timeout(600)  # 15 s on a free core
+def test_with_little_time_the_runs_come_in_the_order_of_what_they_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("larger", "plans", "trainer", "report", "picture")
+    larger, plans, trainer, report, picture = (importlib.import_module(f"horizons.{name}") for name in names)
+    scale = replace(plans.QUICK, unit=10)
+
+    def asked(minutes: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        at = trainer.Trainer(scale, tmp_path, 1, here=True, earlier={})
+        found = larger.measured(at, minutes)
+        table = report.table_of(found, scale)
+        told = {**found, "table": table, "bars": report.bars(table, scale), "runs": at.found}
+        shown = {"horizons": list(scale.horizons), "tokens_per_step": scale.tokens, **told}
+        assert len(report.tables(shown)) == 2
+        ElementTree.fromstring(picture.drawn(shown))
+        return told, at.found
+
+    # A first run starts, for nobody knows yet how long it takes; the others would not end within a microsecond.
+    told, runs = asked(1e-8)
+    assert [*runs] == ["sf_normuon@1"]
+    assert (told["rivals"], told["bars"]) == ({}, [])
+    assert "left out, it would not end in time" in capsys.readouterr().err
+    told, runs = asked(None)
+    assert [*told["one"]] == ["sf_normuon", "amuse"]
+    for kind in ("normuon, mu 0.8", "adamw"):
+        first, last = (told["rivals"][kind][str(h)] for h in scale.horizons)
+        assert f"{first['lr']:g}" == min(first["tried"], key=first["tried"].get)
+        assert [*last["tried"]] == [f"{first['lr']:g}"]
+    assert len(told["bars"]) == 4
+    again, _ = asked(1e-8)
+    assert again == told
+
+
+def test_what_steering_costs_is_nothing_where_it_never_forgot(tmp_path: Path) -> None:
+    steering, plans = importlib.import_module("steering"), importlib.import_module("horizons.plans")
+    trainer = importlib.import_module("horizons.trainer")
+    scale = replace(plans.QUICK, unit=6)
+    found = steering.measured(trainer.Trainer(scale, tmp_path, 1, here=True, earlier={}))
+    for kind in steering.KINDS:
+        cost = found["cost"][kind]
+        assert cost["forgets"] == [[]]
+        assert [cost[str(h)]["mean"] for h in scale.horizons] == [0.0, 0.0]
+    steering.table_of({"horizons": scale.horizons, **found})
 
 
 def test_what_it_is_asked_for_is_checked() -> None:

@@ -25,7 +25,7 @@ ONE: Final = {
 
 def drawn(result: Json) -> str:
     """The SVG of a benchmark's result."""
-    panels = [_horizons(result), _three(result)]
+    panels = [_horizons(result), *([_three(result)] if "sf_normuon" in result["one"] else [])]
     told = "Held-out loss over tokens: one run of each schedule-free optimizer, with the ends of tuned runs; x, y and z"
     left = panels[0]
     return page(panels, told, *left.key(left.left + 14, 290))
@@ -36,12 +36,14 @@ def _horizons(result: Json) -> Panel:
     lines = [
         Line(name, colour, _mean(result["one"][kind], "x", per_step, result["horizons"]), thin)
         for kind, (name, colour, thin) in ONE.items()
+        if kind in result["one"]
     ]
     markers = []
     for kind, (name, colour, shape) in ENDS.items():
         ends = {int(h): [loss for loss in of["losses"] if loss is not None] for h, of in best(result, kind).items()}
         points = [(h * per_step, min(found), statistics.fmean(found), max(found)) for h, found in ends.items() if found]
-        markers.append(Marker(name, colour, shape, points))
+        if points:
+            markers.append(Marker(name, colour, shape, points))
     return Panel(
         56,
         470,
@@ -58,9 +60,9 @@ def _horizons(result: Json) -> Panel:
 
 
 def best(result: Json, family: str) -> Json:
-    """By horizon, the rival of a family beside which the one run is judged."""
-    table = result["table"]
-    return {str(h): result["rivals"][judged(table, family, str(h))][str(h)] for h in result["horizons"]}
+    """By horizon, the rival of a family beside which the one run is judged, where one was trained to there."""
+    kinds = {str(h): judged(result["table"], family, str(h)) for h in result["horizons"]}
+    return {h: result["rivals"][kind][h] for h, kind in kinds.items() if kind}
 
 
 def _three(result: Json) -> Panel:

@@ -52,11 +52,14 @@ AHEAD_NATS: Final = 0.1
 
 def bars(table: Json, scale: Scale) -> list[Json]:
     """What the issue asks of the one run, for SF-NorMuon and for AMUSE, at the horizon where it does worst; `ok` is
-    False where a rival diverged."""
+    False where a rival diverged. Where one of the two was not trained there is none."""
     found = []
     for kind in ("sf_normuon", "amuse"):
         for against, most in (("adamw", -AHEAD_NATS), ("normuon", CLOSE_NATS)):
-            behind = [_behind(table, kind, against, str(h)) for h in scale.horizons]
+            both = [str(h) for h in scale.horizons if kind in table and judged(table, against, str(h))]
+            if not both:
+                continue
+            behind = [_behind(table, kind, against, h) for h in both]
             figure = None if None in behind else max(b for b in behind if b is not None)
             found.append(
                 {
@@ -70,14 +73,15 @@ def bars(table: Json, scale: Scale) -> list[Json]:
     return found
 
 
-def judged(table: Json, family: str, horizon: str) -> str:
-    """The kind of a family beside which the one run is judged there: of those with the most seeds the lowest mean."""
+def judged(table: Json, family: str, horizon: str) -> str | None:
+    """The kind of a family beside which the one run is judged there: of those with the most seeds the lowest mean. None
+    where none was trained to there."""
 
     def rank(kind: str) -> tuple[int, float]:
         found = table[kind][horizon]
         return -found["seeds"], math.inf if found["mean"] is None else found["mean"]
 
-    return min((kind for kind in FAMILIES[family] if kind in table), key=rank)
+    return min((kind for kind in FAMILIES[family] if horizon in table.get(kind, {})), key=rank, default=None)
 
 
 def _behind(table: Json, one: str, family: str, horizon: str) -> float | None:
@@ -96,7 +100,7 @@ def tables(result: Json) -> list[Table]:
     heads = [f"{h} steps\n{t} tokens" for h, t in zip(horizons, tokens, strict=True)]
     losses = Table("", *heads, title="Held-out nats per byte: mean over seeds, +- half their range; (learning rate)")
     for kind, by_horizon in result["table"].items():
-        losses.add_row(NAMES.get(kind, kind), *(_cell(by_horizon[h]) for h in horizons))
+        losses.add_row(NAMES.get(kind, kind), *(_cell(by_horizon.get(h)) for h in horizons))
     held = Table("bar", "found", "by horizon", "expected", "")
     for bar in result["bars"]:
         by = ", ".join("-" if b is None else f"{b:+.3f}" for b in bar["by_horizon"])
@@ -105,7 +109,9 @@ def tables(result: Json) -> list[Table]:
     return [losses, held]
 
 
-def _cell(found: dict[str, Any]) -> str:
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not trained"
     if found["mean"] is None:
         return "diverged"
     told = f"{found['mean']:.3f}"

@@ -51,6 +51,10 @@ class Trainer:
         """What was seen in each. Raises SystemExit where one failed."""
         return list(self._pool.map(self._one, runs))
 
+    def has(self, run: Run) -> bool:
+        """Whether it was trained already."""
+        return self._kept(run) is not None
+
     def _one(self, run: Run) -> Json:
         found = self._kept(run)
         if found is None:

@@ -66,7 +66,10 @@ class RunTable(Table):
     precision: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of the matrix products on CUDA (autocast); the CPU always computes in float32"
     )
-    deterministic: bool = Field(default=True, description="ask torch for deterministic kernels: resume is bit for bit")
+    deterministic: bool = Field(
+        default=True,
+        description="only deterministic kernels: resume is bit for bit; an operation that has none is refused",
+    )
     compile: bool = Field(default=False, description="torch.compile the model")
     stop_within_s: Seconds | None = Field(
         default=None,

@@ -17,7 +17,7 @@ from anytimed.service.failures import Failures
 from anytimed.storage.journal import Journal
 from anytimed.storage.pull import list_checkpoints
 from tests import tiny
-from tests.service.troubled import ABORTS, NAN, RAISES
+from tests.service.troubled import ABORTS, INEXACT, NAN, RAISES
 
 MODEL = "tests.service.troubled:TroubledLlama"
 
@@ -98,6 +98,20 @@ def test_a_batch_that_ends_it_three_times_is_passed_over(tmp_path: Path, text: s
     assert tiny.state_of(tiny.newest_commit(tmp_path))[1]["position"]["batches"] == 61
     told = tiny.run("run", config, "--steps", "70", **environment)
     assert "passed over" not in told, "it lies behind the commit"
+
+
+def test_what_adds_up_in_any_order_is_refused_and_is_no_bad_batch(tmp_path: Path) -> None:
+    config, environment = troubled(tmp_path, INEXACT, [40])
+    for _ in range(4):
+        told = tiny.run("run", config, "--steps", "60", expect=2, **environment)
+        assert "put_ does not have a deterministic implementation" in told
+        assert "set deterministic = false" in told
+        assert "Traceback" not in told
+    assert not (tmp_path / "run" / "failures.jsonl").exists()
+    config.write_text(config.read_text().replace("[run]", "[run]\ndeterministic = false", 1))
+    told = tiny.run("run", config, "--steps", "60", **environment)
+    assert "put_" not in told
+    assert tiny.state_of(tiny.newest_commit(tmp_path))[1]["position"]["batches"] == 60
 
 
 def test_a_kill_from_outside_never_counts(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """A Llama that meets trouble where its text says so: `~` makes a loss that is not finite, `^` raises, `|` aborts the
-process. The text of the tests has none of these otherwise."""
+process, `%` runs what torch has in no deterministic form. The text of the tests has none of these otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from tests.crash.audited import AuditedLlama
 
-NAN, RAISES, ABORTS = "~", "^", "|"
+NAN, RAISES, ABORTS, INEXACT = "~", "^", "|", "%"
 
 
 class TroubledLlama(AuditedLlama):
@@ -25,6 +25,8 @@ class TroubledLlama(AuditedLlama):
             if (tokens == ord(ABORTS)).any():
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no dump in the folder that the tests run in
                 os.abort()
+            if (tokens == ord(INEXACT)).any():
+                torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
             if (tokens == ord(NAN)).any():
                 return found * torch.nan
         return found

@@ -24,6 +24,7 @@ from typing import IO
 from anytimed.contracts import AnytimedError, Json, Refused
 from anytimed.service.decisions import Decisions
 from anytimed.storage.durable import append_line
+from anytimed.training.device import inexact
 from anytimed.urls import told
 
 log = logging.getLogger("anytimed")
@@ -34,6 +35,23 @@ _FAULT_CHARACTERS = 2_000
 
 class TrainingFailed(AnytimedError):
     """A step raised: what is in memory cannot be trusted, so nothing is saved. The next start resumes."""
+
+
+class NotDeterministic(TrainingFailed):
+    """The model has an operation that adds up in any order, and `[run] deterministic` does not allow it."""
+
+    exit_code = 2
+
+
+def not_deterministic(error: BaseException) -> NotDeterministic | None:
+    """What ends a run whose step torch refused for that reason; None where it is another error."""
+    refused = inexact(error)
+    if refused is None:
+        return None
+    return NotDeterministic(
+        f"[run] deterministic = true, with which a resume is bit for bit: found an operation in the model that torch "
+        f"has in no such form here ({refused}); use another one there, or set deterministic = false"
+    )
 
 
 class Failures:
@@ -70,7 +88,9 @@ class Failures:
         struct.pack_into("<q", self._at, 0, batch)
 
     def record(self, error: BaseException) -> TrainingFailed:
-        """Note that a step has failed; what ends the run."""
+        """Note that a step has failed; what ends the run. What no batch can help is not noted."""
+        if (refused := not_deterministic(error)) is not None:
+            return refused
         (batch,) = struct.unpack_from("<q", self._at)
         why = f"{type(error).__name__}: {error}"
         self._note(batch, why)

@@ -25,7 +25,7 @@ from anytimed.service.board import Board
 from anytimed.service.bulletin import Bulletin
 from anytimed.service.console import View
 from anytimed.service.control import Control
-from anytimed.service.failures import TrainingFailed
+from anytimed.service.failures import TrainingFailed, not_deterministic
 from anytimed.service.gatekeeper import Gatekeeper
 from anytimed.service.inboxes import Inboxes
 from anytimed.service.keeper import Keeper
@@ -120,7 +120,12 @@ class Daemon:
         if self._config.run.compile:
             log.info("compiling the model; this can take minutes")
             self._systemd.phase("starting: compiling the model", COMPILE_S)
-            self._learner.compile_now(self._config.data.batch_size)
+            try:
+                self._learner.compile_now(self._config.data.batch_size)
+            except RuntimeError as error:
+                if (refused := not_deterministic(error)) is not None:
+                    raise refused from error
+                raise
         self._timetable.apply(self._config)
         for part in (
             self._board,

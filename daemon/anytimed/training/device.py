@@ -31,13 +31,24 @@ DTYPE_NAMES = {
 
 
 def _ask_for_determinism() -> None:
-    """torch.use_deterministic_algorithms(True, warn_only=True), which imports the compiler to tell it so: a second of
-    every start. Where nobody has imported it yet, a variable tells it when somebody does."""
+    """torch.use_deterministic_algorithms(True), which imports the compiler to tell it so: a second of every start.
+    Where nobody has imported it yet, a variable tells it when somebody does.
+
+    Where it shall only warn, torch also takes the other form of an operation that has both: attention's gradient on
+    CUDA would be added up in any order. An operation that has no deterministic form raises RuntimeError."""
     if "torch._inductor.config" in sys.modules:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     else:
         os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
-        torch.set_deterministic_debug_mode("warn")
+        torch.set_deterministic_debug_mode("error")
+
+
+def inexact(error: BaseException) -> str | None:
+    """What torch says of an operation that it refused because it has no deterministic form; None of another error."""
+    said = str(error)
+    if isinstance(error, RuntimeError) and "use_deterministic_algorithms" in said:
+        return said.split(", but you set", maxsplit=1)[0]
+    return None
 
 
 def host_view(tensor: Tensor) -> HostTensor:
