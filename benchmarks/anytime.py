@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from horizons import command, larger, picture, report
+from horizons import command, larger, picture, report, tuning
 from horizons.plans import FAMILIES, FULL, GPU, ONE_CONFIGURATION, QUICK, RIVALS, Scale, one_run, rival_run
 from horizons.trainer import Trainer, last
 from horizons.tuning import best_of, tuned
@@ -50,13 +50,12 @@ def measured(trainer: Trainer) -> Json:
         found = {kind: tried(kind, horizon) for kind in kinds}
         rates = {kind: best_of(by_rate) for kind, by_rate in found.items()}
         ahead = best_of({kind: found[kind][rates[kind]] for kind in kinds})
-        told: dict[str, Json] = {}
+        by_kind: dict[str, Json] = {}
         for kind, lr in rates.items():
             more = seeds if kind == ahead and RIVALS[kind].decides else seeds[:1]
             ends = trainer.all_of([rival_run(kind, horizon, lr, scale, seed) for seed in more])
-            by_rate = {f"{rate:g}": loss for rate, loss in found[kind].items()}
-            told[kind] = {"tried": by_rate, "lr": lr, "losses": [last(f) for f in ends]}
-        return told
+            by_kind[kind] = tuning.told(found[kind], lr, [last(f) for f in ends])
+        return by_kind
 
     def one(kind: str) -> list[Json]:
         found = trainer.all_of([one_run(kind, scale, seed) for seed in seeds])
@@ -111,11 +110,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--multiples", type=multiples, help="horizons, in T: 1,2,4,8")
     parser.add_argument("--peak-tflops", type=float, help="of the device in the precision that is used; for the MFU")
     parser.add_argument("--assert", dest="insist", action="store_true", help="exit with 1 where a bar is missed")
+    parser.set_defaults(json=None)
     arguments = parser.parse_args()
+    if arguments.json is None:
+        arguments.json = command.RESULTS / ("anytime_gpu.json" if arguments.gpu else "anytime.json")
+    if arguments.minutes is not None and not arguments.gpu:
+        parser.error("--minutes: only with --gpu; without it every run is trained, and stopped it goes on")
     if arguments.gpu:
         arguments.jobs = 1
-        if arguments.json == parser.get_default("json"):
-            arguments.json = arguments.json.with_name("anytime_gpu.json")
         if not (arguments.texts or arguments.report):
             parser.error("--gpu: give --texts as well; Python's library is too small for it")
     return arguments

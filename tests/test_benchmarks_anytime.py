@@ -398,4 +398,5 @@ def test_what_it_is_asked_for_is_checked() -> None:
         return done.stderr
 
     assert "give --texts as well" in told("--gpu")
+    assert "only with --gpu" in told("--minutes", "5")
     assert "expected ascending whole numbers" in told("--multiples", "2,1")

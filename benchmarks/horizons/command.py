@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
 from keeping import machine, text_of
 from rich.console import Console
@@ -16,12 +17,14 @@ from anytimed.contracts import Json
 from horizons.plans import Scale
 from horizons.trainer import Trainer
 
+RESULTS: Final = Path("benchmarks/results")
+
 
 def parser(doc: str, result: str) -> argparse.ArgumentParser:
     """doc: of the command's module; result: the name of its JSON."""
     found = argparse.ArgumentParser(description=doc.split("\n", maxsplit=1)[0])
     found.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
-    found.add_argument("--json", type=Path, default=Path(f"benchmarks/results/{result}.json"))
+    found.add_argument("--json", type=Path, default=RESULTS / f"{result}.json")
     found.add_argument("--scratch", type=Path, default=Path(".anytimed/anytime"), help="where finished runs are kept")
     found.add_argument("--from", dest="earlier", type=Path, help="take runs from this result where they are the same")
     found.add_argument("--report", action="store_true", help="what is shown, from the JSON; trains nothing")

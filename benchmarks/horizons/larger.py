@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from anytimed.contracts import Json
 from horizons.plans import RIVALS, Run, one_run, rival_run
 from horizons.trainer import Trainer, last
-from horizons.tuning import best_of, tuned
+from horizons.tuning import best_of, told, tuned
 
 ORDER: Final = (("sf_normuon", "normuon, mu 0.8"), ("amuse", "adamw"))
 """A one run, and the rival beside it."""
@@ -61,7 +62,7 @@ def measured(trainer: Trainer, minutes: float | None) -> Json:
     """As `anytime.measured` tells it, as far as the time went: a horizon that no run of a rival reached is missing."""
     scale, budget = trainer.scale, Budget(trainer, minutes)
     found: Json = {"one": {}, "rivals": {}}
-    first, last_ = scale.horizons[0], scale.horizons[-1]
+    shortest, longest = scale.horizons[0], scale.horizons[-1]
 
     def losses(kind: str, horizon: int, rates: Sequence[float]) -> list[float | None]:
         return [last(f) for f in budget.train([rival_run(kind, horizon, lr, scale, 1) for lr in rates])]
@@ -71,13 +72,10 @@ def measured(trainer: Trainer, minutes: float | None) -> Json:
             run = budget.train([one_run(one, scale, 1)])[0]
             found["one"][one] = [{name: run[name] for name in ("seen", "forgets")}]
         with suppress(OutOfTime):
-            tried = tuned(RIVALS[rival].centre, lambda rates, kind=rival: losses(kind, first, rates))  # type: ignore[misc]
-            best = best_of(tried)
-            found["rivals"][rival] = {str(first): _told(tried, best)}
-            if last_ != first:
-                found["rivals"][rival][str(last_)] = _told({best: losses(rival, last_, [best])[0]}, best)
+            tried = tuned(RIVALS[rival].centre, partial(losses, rival, shortest))
+            lr = best_of(tried)
+            found["rivals"][rival] = {str(shortest): told(tried, lr, [tried[lr]])}
+            if longest != shortest:
+                ended = losses(rival, longest, [lr])
+                found["rivals"][rival][str(longest)] = told({lr: ended[0]}, lr, ended)
     return found
-
-
-def _told(tried: dict[float, float | None], best: float) -> Json:
-    return {"tried": {f"{rate:g}": loss for rate, loss in tried.items()}, "lr": best, "losses": [tried[best]]}

@@ -102,10 +102,11 @@ def consumer() -> dict[str, Any]:
             "--exec", "/opt/checkout/tests/systemd/changed {id}",
         )  # fmt: skip
         unit = show("anytimed-pull@up")
-        call("systemctl", "start", "serve.service", "serve-new.path")
         folder = Path("/var/lib/anytimed-pull/up")
+        call("systemctl", "stop", "anytimed-pull@up")  # what is in place stays while the server starts
         first = (folder / "current").readlink().name
-        call("systemctl", "stop", "anytimed-pull@up")
+        call("systemctl", "start", "serve.service", "serve-new.path")
+        until(lambda: journal("-u", "serve", "_COMM=readlink"), "the server")
         exported = ask(RUN / "control.sock", "POST", "/export")
         call("systemctl", "start", "anytimed-pull@up")
         until(lambda: (folder / "current").readlink().name != first, "the next checkpoint")
